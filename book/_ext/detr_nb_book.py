@@ -1,0 +1,308 @@
+"""The book's own Sphinx extension.
+
+It does four things:
+
+- reads `.ipynb` files: nbdev's `#|` directives become the tags that Jupyter Book knows (`read_notebook`);
+- makes the execution cache notice edits of the library: a digest of the modules a notebook imports, of the files it
+  says it reads and of the installed versions goes into the kernel's metadata, which the cache hashes (`digest`), and
+  the same files become Sphinx dependencies of the page (`note_sources`);
+- takes the repository's address from settings.ini (`set_repository`);
+- says which chapter is being built and how long it took (`say_start`, `say_end`).
+"""
+
+import ast
+import configparser
+import hashlib
+import json
+import re
+import sys
+import time
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import nbformat
+from myst_nb.core.render import NbElementRenderer
+from sphinx.util import logging
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = "detr_nb"
+VERSIONS = ("torch", "torchvision", "numpy", "scipy", "matplotlib", "pycocotools", "pillow", "jaxtyping", "ipywidgets")
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+
+# --- directives ---------------------------------------------------------------------------------------------------
+TAGS = {
+    ("hide", ""): ["remove-cell"],
+    ("export", ""): ["export"],
+    ("exporti", ""): ["export"],
+    ("exports", ""): ["export"],
+    ("echo", "false"): ["remove-input"],
+    ("echo", "true"): [],
+    ("output", "false"): ["remove-output"],
+    ("include", "false"): ["remove-cell"],
+    ("eval", "false"): ["skip-execution"],
+    ("slow", ""): ["skip-execution"],
+    ("gpu", ""): ["skip-execution"],
+    ("code-fold", "true"): ["hide-input"],
+    ("code-fold", "false"): [],
+}
+TEXTS = ("label", "fig-cap", "fig-alt", "reads", "default_exp")
+_DIRECTIVE = re.compile(r"^\s*#\s*\|\s*(.*?)\s*$")
+
+
+def split_directives(source: str) -> tuple[list[tuple[str, str]], str]:
+    """The directives at the head of a code cell as (name, value) pairs, and the rest of the cell."""
+    lines, found = source.splitlines(), []
+    while lines and (match := _DIRECTIVE.match(lines[0])):
+        name, _, value = match[1].partition(":") if ":" in match[1] else match[1].partition(" ")
+        found.append((name.strip(), value.strip().strip("\"'")))
+        lines.pop(0)
+    return found, "\n".join(lines).lstrip("\n") if found else source
+
+
+def apply_directives(cell: nbformat.NotebookNode) -> list[str]:
+    """Turn the directives of one code cell into tags and figure options; returns the files that it says it reads.
+
+    Args:
+        cell: A code cell, changed in place.
+
+    Raises:
+        ValueError: If a directive is not one of ours.
+    """
+    directives, cell.source = split_directives(cell.source)
+    tags, figure, alt, reads = list(cell.metadata.get("tags", [])), {}, None, []
+    for name, value in directives:
+        if name == "label":
+            figure["name"] = value
+        elif name == "fig-cap":
+            figure["caption"] = value
+        elif name == "fig-alt":
+            alt = value
+        elif name == "reads":
+            reads += value.split()
+        elif name == "default_exp":
+            tags.append("remove-cell")
+        elif (name, value) in TAGS:
+            tags += TAGS[name, value]
+        else:
+            known = ", ".join(sorted({n for n, _ in TAGS} | set(TEXTS)))
+            raise ValueError(f"unknown directive '#| {name} {value}' (known: {known})")
+    if "name" in figure and "caption" not in figure:
+        raise ValueError(f"'#| label: {figure['name']}' needs a '#| fig-cap: ...' beside it")
+    if "nbdev_export" in cell.source:  # building the book must never rewrite the library
+        cell.source = ""
+        tags.append("remove-cell")
+    if not cell.source.strip():
+        tags.append("remove-cell")
+    options = ({"figure": figure} if figure else {}) | ({"image": {"alt": alt}} if alt else {})
+    if options:
+        cell.metadata["mystnb"] = options
+    if tags:
+        cell.metadata["tags"] = list(dict.fromkeys(tags))
+    return reads
+
+
+# --- what a notebook depends on -----------------------------------------------------------------------------------
+def parse_cell(source: str) -> ast.Module:
+    """The syntax tree of a code cell without its magics; an empty one if it is not Python."""
+    lines = ["" if line.lstrip().startswith(("%", "!", "?")) else line for line in source.splitlines()]
+    try:
+        return ast.parse("\n".join(lines))
+    except SyntaxError:
+        return ast.Module(body=[], type_ignores=[])
+
+
+def module_path(name: str) -> Path:
+    return ROOT / PACKAGE / f"{name}.py"
+
+
+def public_names() -> dict[str, str]:
+    """The table in detr_nb/__init__.py of public names and the modules they live in."""
+    for node in parse_cell((ROOT / PACKAGE / "__init__.py").read_text("utf8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "_PUBLIC":
+            return ast.literal_eval(node.value)
+    return {}
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Names of the modules of detr_nb that a syntax tree imports anywhere."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            full = f"{PACKAGE}.{node.module or ''}" if node.level == 1 else node.module or ""
+            package, _, module = full.partition(".")
+            if package != PACKAGE:
+                continue
+            names = [module] if module else [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            split = [alias.name.split(".") for alias in node.names]
+            names = [part[1] if len(part) > 1 else "" for part in split if part[0] == PACKAGE]
+        else:
+            continue
+        for name in names:
+            name = name.partition(".")[0]
+            if not name:  # a bare `import detr_nb` may reach everything
+                found |= {path.stem for path in (ROOT / PACKAGE).glob("*.py") if not path.stem.startswith("_")}
+            else:
+                found.add(name if module_path(name).exists() else public_names().get(name, name))
+    return {name for name in found if module_path(name).exists()}
+
+
+@lru_cache(None)
+def module_sources(name: str) -> frozenset[Path]:
+    """The file of a module, the files of the modules it imports, and the package data that it names."""
+    tree = parse_cell(module_path(name).read_text("utf8"))
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    files = {module_path(name)}
+    for folder in ("static", "weights"):
+        if any(text == folder or text.startswith(folder + "/") for text in texts):
+            files |= {path for path in (ROOT / PACKAGE / folder).rglob("*") if path.is_file()}
+    for other in imported(tree) - {name}:
+        files |= module_sources(other)
+    return frozenset(files)
+
+
+def sources(notebook: nbformat.NotebookNode, reads: list[str]) -> list[Path]:
+    """Every file that the outputs of a notebook depend on, besides the notebook."""
+    files: set[Path] = set()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            for name in imported(parse_cell(cell.source)):
+                files |= module_sources(name)
+    for pattern in reads:
+        matches = [path for path in ROOT.glob(pattern) if path.is_file()]
+        if not matches:
+            raise ValueError(f"'#| reads: {pattern}' matches no file")
+        files |= set(matches)
+    return sorted(files)
+
+
+def installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
+
+
+@lru_cache(None)
+def file_hash(path: Path) -> str:
+    text = path.read_bytes()
+    if path.parent == ROOT / PACKAGE and path.suffix == ".py":  # the markers of nbdev name cells: no code
+        text = re.sub(rb"(?m)^# %% .*$", b"", text)
+    return hashlib.sha256(text).hexdigest()
+
+
+def digest(notebook: nbformat.NotebookNode, files: list[Path]) -> str:
+    """A hash of everything but the cells' text that decides what executing the notebook gives."""
+    skipped = [
+        [index, cell.outputs]
+        for index, cell in enumerate(notebook.cells)
+        if cell.cell_type == "code" and "skip-execution" in cell.metadata.get("tags", [])
+    ]
+    state = {
+        "python": sys.version_info[:2],
+        "versions": {name: installed(name) for name in VERSIONS},
+        "files": {path.relative_to(ROOT).as_posix(): file_hash(path) for path in files},
+        "skipped": skipped,
+    }
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def prepare(text: str) -> tuple[nbformat.NotebookNode, list[Path]]:
+    """A notebook as the book executes it, and the files it depends on."""
+    notebook = nbformat.reads(text, as_version=4)
+    reads = []
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            reads += apply_directives(cell)
+            if "skip-execution" not in cell.metadata.get("tags", []):
+                cell.outputs, cell.execution_count = [], None
+    files = sources(notebook, reads)
+    notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL | {"detr_nb": digest(notebook, files)}})
+    return notebook, files
+
+
+def read_notebook(text: str) -> nbformat.NotebookNode:
+    """The reader of `.ipynb` files (`nb_custom_formats` in _config.yml)."""
+    return prepare(text)[0]
+
+
+# --- alternative texts of figures ---------------------------------------------------------------------------------
+_render_image = NbElementRenderer.render_image
+
+
+def render_image(self, data):
+    """Pass on the alternative text that a figure carries in its output's metadata (`{"image/png": {"alt": ...}}`)."""
+    images = _render_image(self, data)
+    alt = data.output_metadata.get(data.mime_type, {}).get("alt") or data.output_metadata.get("alt")
+    for image in images:
+        if alt and not image.get("alt"):
+            image["alt"] = alt
+    return images
+
+
+# --- events -------------------------------------------------------------------------------------------------------
+LOGGER = logging.getLogger(__name__)
+_progress = {"names": [], "start": 0.0}
+
+
+def settings() -> configparser.SectionProxy:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "settings.ini", encoding="utf8")
+    return parser["DEFAULT"]
+
+
+def set_repository(app, config) -> None:
+    """Links to the repository and the Colab button, from settings.ini."""
+    home = settings()
+    config.html_theme_options |= {
+        "repository_url": home["git_url"],
+        "repository_branch": home["branch"],
+        "path_to_docs": "",
+        "use_repository_button": True,
+        "use_source_button": True,
+        "use_issues_button": True,
+        "launch_buttons": {"colab_url": "https://colab.research.google.com", "notebook_interface": "classic"},
+    }
+
+
+def plan(app, env, docnames) -> None:
+    _progress["names"] = list(docnames)
+
+
+def note_sources(app, docname, source) -> None:
+    """Make the page depend on what its notebook depends on; a build after an edit of the library reads it again."""
+    if app.env.doc2path(docname).endswith(".ipynb"):
+        try:
+            files = prepare(source[0])[1]
+        except ValueError as error:
+            raise ValueError(f"{docname}: {error}") from error
+        for path in files:
+            app.env.note_dependency(str(path))
+
+
+def say_start(app, docname, source) -> None:
+    names = _progress["names"]
+    place = names.index(docname) + 1 if docname in names else 0
+    _progress["start"] = time.time()
+    LOGGER.info(f"[{place:2d}/{len(names)}] {docname} ...", color="blue")
+
+
+def say_end(app, doctree) -> None:
+    docname, seconds = app.env.docname, time.time() - _progress["start"]
+    run = (getattr(app.env, "nb_metadata", None) or {}).get(docname, {}).get("exec_data")
+    how = ""
+    if run:
+        fresh = run["mtime"] >= _progress["start"]
+        how = f", executed in {run['runtime']:.1f} s" if fresh else ", outputs from the cache"
+    LOGGER.info(f"        {docname} done in {seconds:.1f} s{how}", color="blue")
+
+
+def setup(app):
+    NbElementRenderer.render_image = render_image
+    app.connect("config-inited", set_repository, priority=100)
+    app.connect("env-before-read-docs", plan)
+    app.connect("source-read", say_start, priority=100)
+    app.connect("source-read", note_sources)
+    app.connect("doctree-read", say_end, priority=900)
+    return {"version": "1", "parallel_read_safe": False, "parallel_write_safe": True}

@@ -1,0 +1,40 @@
+"""DETR, explained chapter by chapter in executed notebooks: this package is what those notebooks export.
+
+The public names are looked up when they are first used (PEP 562), so that importing the package loads nothing else.
+"""
+
+__version__ = "0.1.0"
+
+from importlib import import_module
+
+_PUBLIC = {
+    "DETR": "model",
+    "DETRDemo": "model",
+    "HungarianMatcher": "matcher",
+    "SetCriterion": "losses",
+    "TrainConfig": "training",
+    "check_data": "data",
+    "detr_resnet101": "model",
+    "detr_resnet101_dc5": "model",
+    "detr_resnet18": "model",
+    "detr_resnet50": "model",
+    "detr_resnet50_dc5": "model",
+    "detr_tiny": "model",
+    "evaluate": "evaluation",
+    "fit": "training",
+    "postprocess": "model",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

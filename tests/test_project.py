@@ -1,0 +1,243 @@
+"""The ground: notebooks, tables of contents, exported modules, addresses and packaging agree with each other."""
+
+import ast
+import configparser
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+import detr_nb
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "detr_nb"
+NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+CHAPTERS = [path for path in NOTEBOOKS if path.parent.name == "nbs"]
+MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if not path.stem.startswith("_")}
+NUMBERS = {path.stem.split("_", 1)[1]: int(path.stem.split("_", 1)[0]) for path in CHAPTERS}
+DEVELOPMENT_TOOLS = {"nbdev", "fastcore", "execnb", "jupyter_book", "IPython", "pytest", "hypothesis", "beartype"}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text("utf8"))
+
+
+def code_cells(notebook: dict) -> list[str]:
+    return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def directives(source: str) -> list[str]:
+    """The `#|` lines at the head of a cell, without their marks."""
+    found = []
+    for line in source.splitlines():
+        match = re.match(r"^\s*#\s*\|\s*(.*?)\s*$", line)
+        if not match:
+            break
+        found.append(match[1])
+    return found
+
+
+def files_in(node) -> list[str]:
+    """Every notebook or page that a table of contents names, in its order."""
+    if isinstance(node, str):
+        return [node]
+    if isinstance(node, list):
+        return [file for part in node for file in files_in(part)]
+    return [
+        file
+        for key, part in node.items()
+        if key in ("root", "parts", "chapters", "sections", "contents", "file", "href")
+        for file in files_in(part)
+    ]
+
+
+def book_order() -> list[str]:
+    return files_in(yaml.safe_load((ROOT / "book" / "_toc.yml").read_text("utf8")))
+
+
+def settings() -> configparser.SectionProxy:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "settings.ini", encoding="utf8")
+    return parser["DEFAULT"]
+
+
+def imports(tree: ast.AST) -> list[tuple[str, list[str]]]:
+    """Every import of a module as (full module name, names taken from it)."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, []) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = "detr_nb" + (f".{node.module}" if node.module else "") if node.level else node.module
+            found.append((module, [alias.name for alias in node.names]))
+    return found
+
+
+# --- tables of contents -------------------------------------------------------------------------------------------
+def test_every_notebook_is_in_the_book():
+    listed = [f"{file}.ipynb" for file in book_order() if file.startswith("nbs/")]
+    assert len(listed) == len(set(listed))
+    assert sorted(listed) == [name_of(path) for path in NOTEBOOKS]
+
+
+def test_quarto_lists_the_same_chapters_in_the_same_order():
+    quarto = yaml.safe_load((ROOT / "_quarto.yml").read_text("utf8"))
+    listed = [file.removesuffix(".ipynb") for file in files_in(quarto["website"]["sidebar"]) if "nbs/" in file]
+    assert listed == [file for file in book_order() if file.startswith("nbs/")]
+
+
+def test_every_solution_belongs_to_a_chapter():
+    names = {path.name for path in CHAPTERS}
+    assert [name_of(path) for path in NOTEBOOKS if path.parent.name == "solutions" and path.name not in names] == []
+
+
+# --- notebooks ----------------------------------------------------------------------------------------------------
+def default_exports(path: Path) -> list[str]:
+    lines = [line for source in code_cells(read(path)) for line in directives(source)]
+    return [line.split()[1] for line in lines if line.startswith("default_exp")]
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=name_of)
+def test_a_chapter_exports_the_module_of_its_name(path):
+    assert default_exports(path) == [path.stem.split("_", 1)[1]]
+
+
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path not in CHAPTERS], ids=name_of)
+def test_experiments_and_solutions_export_nothing(path):
+    lines = [line for source in code_cells(read(path)) for line in directives(source)]
+    assert not [line for line in lines if line.split()[0] in ("default_exp", "export", "exporti", "exports")]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_a_notebook_is_small_and_tells_nothing_of_a_machine(path):
+    text = path.read_text("utf8")
+    assert len(text) < 1.5e6
+    notebook = read(path)
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    for output in outputs:  # images are base64 and may hold anything
+        for kind in [kind for kind in output.get("data", {}) if kind.startswith("image/") and kind != "image/svg+xml"]:
+            output["data"][kind] = ""
+    assert re.findall(r"(?<![\w.])/(?:root|home|work|tmp|Users)/[\w.]+", json.dumps(outputs)) == []
+    assert "widgets" not in notebook["metadata"], "widget state belongs to the book, not to the repository"
+    assert {key for cell in notebook["cells"] for key in cell["metadata"]} <= {"tags"}
+    assert not any(cell.get("execution_count") for cell in notebook["cells"])
+
+
+# --- the library --------------------------------------------------------------------------------------------------
+def test_every_module_has_a_chapter_and_every_chapter_a_module():
+    assert sorted(MODULES) == sorted(NUMBERS)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_imports_by_name_from_smaller_chapters_only(module):
+    for source, names in imports(ast.parse(MODULES[module].read_text("utf8"))):
+        package, _, other = source.partition(".")
+        assert "*" not in names, f"{module} imports everything from {source}"
+        assert package not in DEVELOPMENT_TOOLS, f"{module} imports {source}, a development tool"
+        if package != "detr_nb":
+            continue
+        assert other, f"{module} imports {names} from the package: name the chapter"
+        allowed = ("notation", "boxes") if module == "plots" else None
+        if allowed:
+            assert other in allowed, f"plots knows {allowed} only, not {other}"
+        else:
+            assert NUMBERS[other] < NUMBERS[module], f"{module} imports the later chapter {other}"
+
+
+def run(code: str) -> str:
+    """The output of a piece of Python in a process of its own, away from the repository."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd="/", capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    heavy = "{'torch', 'torchvision', 'scipy', 'numpy', 'matplotlib', 'pycocotools'}"
+    assert run(f"import sys, detr_nb; dir(detr_nb); print(sorted({heavy} & set(sys.modules)))") == "[]"
+
+
+def test_the_public_names_need_no_development_tool():
+    code = "import sys, detr_nb\nfor name in detr_nb.__all__: getattr(detr_nb, name)\n"
+    assert run(code + f"print(sorted({DEVELOPMENT_TOOLS!r} & set(sys.modules)))") == "[]"
+
+
+@pytest.mark.parametrize("name", [name for name in detr_nb.__all__ if name != "__version__"])
+def test_every_public_name_can_be_imported(name):
+    value = getattr(detr_nb, name)
+    assert callable(value) and value.__doc__, f"{name} has no docstring"
+    assert value.__module__ == f"detr_nb.{detr_nb._PUBLIC[name]}"
+    assert name in dir(detr_nb)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'detr_resnet51'"):
+        _ = detr_nb.detr_resnet51
+
+
+# --- addresses and versions ---------------------------------------------------------------------------------------
+def test_addresses_agree_with_settings():
+    home = settings()
+    ours = f"{home['user']}/{home['repo']}"
+    texts = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CITATION.cff", "pyproject.toml")]
+    colab = r"colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/blob/([\w.-]+)/(nbs/[\w/.-]+)"
+    found = []
+    for path in [*texts, *NOTEBOOKS, *(ROOT / "book").glob("*.md")]:
+        text = path.read_text("utf8")
+        found += re.findall(colab, text)
+        for address in re.findall(r"github\.com/([\w.-]+/[\w.-]*detr_nb)(?=[\s\"'/)])", text):
+            assert address == ours, f"{name_of(path)} points to {address}"
+        for branch in re.findall(rf"github\.com/{ours}/(?:blob|tree)/([\w.-]+)", text):
+            assert branch == home["branch"], f"{name_of(path)} points to the branch {branch}"
+    for address, branch, file in found:
+        assert (address, branch) == (ours, home["branch"])
+        assert (ROOT / file).exists(), f"{file} is linked and does not exist"
+
+
+def test_the_readme_has_a_badge_for_every_chapter():
+    text = (ROOT / "README.md").read_text("utf8")
+    badges = re.findall(r"/blob/[\w.-]+/(nbs/[\w/.-]+\.ipynb)", text)
+    assert badges == [f"{file}.ipynb" for file in book_order() if file.startswith("nbs/") and "/solutions/" not in file]
+
+
+def test_versions_agree():
+    version = settings()["version"]
+    assert detr_nb.__version__ == version
+    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text("utf8")
+    assert re.search(r"^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text("utf8"), re.M)[1] == version
+
+
+def test_constraints_name_versions_and_no_places():
+    lines = [line for line in (ROOT / "constraints.txt").read_text("utf8").splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[\w.+!-]+", line)] == []
+
+
+# --- packaging ----------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_asks_for_no_development_tool(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(PACKAGE, source / "detr_nb", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    command = [sys.executable, "-m", "pip", "wheel", str(source), "--no-deps", "--no-build-isolation", "--quiet"]
+    subprocess.run([*command, "-w", str(tmp_path)], check=True, cwd=tmp_path)
+    with zipfile.ZipFile(next(tmp_path.glob("detr_nb-*.whl"))) as wheel:
+        names = set(wheel.namelist())
+        metadata = wheel.read(next(name for name in names if name.endswith(".dist-info/METADATA"))).decode()
+    expected = {path for path in PACKAGE.glob("*.py")} | {PACKAGE / "py.typed"}
+    for folder in ("static", "weights"):
+        files = (path for path in (PACKAGE / folder).rglob("*") if path.is_file())
+        expected |= {path for path in files if "__pycache__" not in path.parts and not path.name.startswith(".")}
+    assert {path.relative_to(ROOT).as_posix() for path in expected} <= names
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"detr_nb"}
+    required = re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra ==)", metadata, re.M)
+    assert {"torch", "torchvision", "pycocotools"} <= set(required)
+    assert not {tool for tool in required if re.search("nbdev|jupyter|fastcore|execnb|ipykernel|sphinx", tool)}
