@@ -1,0 +1,234 @@
+"""What every model that a build function makes must keep; one suite over all of them.
+
+What is *not* promised: that padding an image leaves its detections unchanged. A convolution sees the zeros at the
+border of the picture, so padded batches are compared with the official outputs (test_model.py) instead.
+"""
+
+import re
+from collections.abc import Callable
+from copy import deepcopy
+from functools import cache, partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+import detr_nb
+from detr_nb.losses import SetCriterion
+from detr_nb.model import (
+    DETR,
+    DETRDemo,
+    detr_resnet18,
+    detr_resnet50,
+    detr_resnet50_dc5,
+    detr_resnet101,
+    detr_resnet101_dc5,
+    detr_tiny,
+)
+from detr_nb.notation import Memory, Output, Target
+
+CLASSES, QUERIES, LAYERS = 4, 7, 2
+SMALL = {"hidden_dim": 32, "nheads": 4, "enc_layers": 1, "dec_layers": LAYERS}
+RESNET = {"num_classes": CLASSES, "num_queries": QUERIES, "pretrained_backbone": False, "dim_feedforward": 64,
+          "dropout": 0, **SMALL}
+
+# name: (build, number of queries, number of layers in the output)
+BUILDS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+    "detr_tiny": (partial(detr_tiny, num_classes=CLASSES, num_queries=QUERIES, dec_layers=LAYERS), QUERIES, LAYERS),
+    "detr_resnet18": (partial(detr_resnet18, **RESNET), QUERIES, LAYERS),
+    "detr_resnet50": (partial(detr_resnet50, **RESNET), QUERIES, LAYERS),
+    "detr_resnet50_dc5": (partial(detr_resnet50_dc5, **RESNET), QUERIES, LAYERS),
+    "detr_resnet101": (partial(detr_resnet101, **RESNET), QUERIES, LAYERS),
+    "detr_resnet101_dc5": (partial(detr_resnet101_dc5, **RESNET), QUERIES, LAYERS),
+    "DETRDemo": (partial(DETRDemo, CLASSES, **SMALL), 100, 1),
+}
+LARGE = {"detr_resnet50_dc5", "detr_resnet101", "detr_resnet101_dc5"}
+every_build = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in BUILDS]
+)
+
+# Parameters that get no gradient (dropout off), and why.
+NEVER = {
+    r"attention\.k\.bias$": "adds the same number to all scores of a query, and softmax does not see it",
+    r"^decoder\.layers\.0\.attention\.[qk]\.": "the content of all queries is equal (zero), so their values are equal "
+                                               "and it does not matter who attends to whom",
+}
+POST_NORM = {r"^decoder\.layers\.0\.attention\.v\.weight$": "multiplies the content of the queries, which is zero"}
+PRE_NORM = {r"^decoder\.layers\.0\.attention_step\.norm\.weight$": "multiplies the normalised content, which is zero"}
+AT_THE_START = {
+    r"^decoder\.layers\.0\.attention\.(v|out)\.weight$": "multiply zero content and a zero bias",
+    r"^decoder\.layers\.0\.(attention|cross)_step\.norm\.weight$": "normalise content that is still zero",
+}
+
+
+@cache
+def built(name: str, seed: int) -> nn.Module:
+    """A small model of the family with the statistics of its frozen norms set as in a trained backbone."""
+    torch.manual_seed(seed)
+    return calibrate(BUILDS[name][0]().eval())
+
+
+def make(name: str, seed: int = 0) -> nn.Module:
+    """A small model of the family in evaluation mode."""
+    return deepcopy(built(name, seed))
+
+
+EXACT = {"atol": 1e-9, "rtol": 1e-7}  # for comparisons in double precision
+
+
+def detect(model: nn.Module) -> Output:
+    """Predictions for two images in double precision."""
+    with torch.no_grad():
+        return model.double()(images(dtype=torch.float64))
+
+
+def calibrate(model: nn.Module) -> nn.Module:
+    """Let every frozen norm adopt the statistics of its input; without them activations of a fresh ResNet explode."""
+    def adopt(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+        norm.running_mean.copy_(inputs[0].mean((0, 2, 3)))
+        norm.running_var.copy_(inputs[0].var((0, 2, 3)))
+
+    norms = [module for module in model.modules() if isinstance(module, FrozenBatchNorm2d)]
+    hooks = [norm.register_forward_pre_hook(adopt) for norm in norms]
+    with torch.no_grad():
+        model(images())
+    for hook in hooks:
+        hook.remove()
+    return model
+
+
+def images(count: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(count, 3, 64, 96, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def some_targets() -> list[Target]:
+    boxes = torch.tensor([[0.3, 0.4, 0.2, 0.3], [0.6, 0.5, 0.5, 0.4]])
+    return [Target(labels=torch.tensor([1, 3]), boxes=boxes), Target(labels=torch.tensor([0]), boxes=boxes[1:])]
+
+
+def no_targets() -> list[Target]:
+    return [Target(labels=torch.zeros(0, dtype=torch.int64), boxes=torch.zeros(0, 4)) for _ in range(2)]
+
+
+def without_gradient(model: nn.Module) -> set[str]:
+    """Names of the learning parameters that one backward pass in double precision leaves without a gradient."""
+    criterion, model = SetCriterion(CLASSES), model.double()
+    criterion.total(criterion(model(images(dtype=torch.float64)), some_targets())).backward()
+    learning = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    # What is zero in theory is rounding noise here: 1e-14 of the largest gradient, where true ones are above 1e-7.
+    largest = max(p.grad.abs().max() for p in learning.values() if p.grad is not None)
+    return {key for key, p in learning.items() if p.grad is None or p.grad.abs().max() <= 1e-10 * largest}
+
+
+def excused(names: set[str], *excuses: dict[str, str]) -> set[str]:
+    """The names that none of the excuses covers."""
+    return {name for name in names if not any(re.search(pattern, name) for group in excuses for pattern in group)}
+
+
+def shake(model: nn.Module) -> nn.Module:
+    """Move every parameter behind the backbone a little, as training does: nothing is zero because it started so."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "backbone" not in name:
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def test_the_suite_knows_every_public_build_function():
+    public = {name for name, module in detr_nb._PUBLIC.items() if module == "model"}
+    assert public - {"DETR", "postprocess"} == set(BUILDS)
+
+
+@every_build
+def test_shapes(name):
+    _, queries, layers = BUILDS[name]
+    out = make(name)(images(3))
+    assert isinstance(out, Output)
+    assert out.logits.shape == (layers, 3, queries, CLASSES + 1)
+    assert out.boxes.shape == (layers, 3, queries, 4)
+    assert ((out.boxes >= 0) & (out.boxes <= 1)).all() and out.logits.isfinite().all()
+
+
+@every_build
+def test_gradients_reach_every_parameter_at_the_start(name):
+    assert not excused(without_gradient(make(name)), NEVER, AT_THE_START)
+
+
+@every_build
+def test_gradients_reach_every_parameter_later(name):
+    zero_content = PRE_NORM if name == "detr_tiny" else POST_NORM
+    none = without_gradient(shake(make(name)))
+    assert not excused(none, NEVER, zero_content)
+    if isinstance(make(name), DETR):  # the excuses are still needed: an excuse that nobody uses would hide a fault
+        assert all(any(re.search(pattern, key) for key in none) for pattern in NEVER | zero_content)
+
+
+@every_build
+def test_padded_cells_of_the_memory_change_nothing(name):
+    model = make(name)
+    pad = torch.zeros(2, 64, 96, dtype=torch.bool)
+    pad[1, 32:], pad[1, :, 64:] = True, True
+    if isinstance(model, DETRDemo):
+        with pytest.raises(ValueError, match="cannot ignore padding"):
+            model(images(), pad)
+        return
+
+    def decode(memory: Memory) -> Output:
+        return model.decoder(model.queries(memory), model.encoder(memory))
+
+    with torch.no_grad():
+        memory = model.double().memory(images(dtype=torch.float64), pad)
+        assert memory.pad.any() and not memory.pad.all(1).any()
+        noise = 5 * torch.randn(memory.x.shape, generator=torch.Generator().manual_seed(3)).double()
+        here = memory.pad[..., None]
+        spoilt = memory._replace(x=torch.where(here, noise, memory.x), pos=torch.where(here, -noise, memory.pos))
+        torch.testing.assert_close(decode(spoilt), decode(memory), **EXACT)
+        # The noise is seen as soon as the mask is gone, so the test can fail.
+        spoilt, memory = (one._replace(pad=torch.zeros_like(one.pad)) for one in (spoilt, memory))
+        assert (decode(spoilt).logits - decode(memory).logits).abs().max() > 0.01
+
+
+@every_build
+def test_permuted_queries_permute_the_output(name):
+    model = make(name)
+    weight = model.query_pos if isinstance(model, DETRDemo) else model.queries.embedding.weight
+    order = torch.randperm(len(weight), generator=torch.Generator().manual_seed(4))
+    before = detect(model)
+    weight.data = weight.data[order]
+    expected = Output(before.logits[:, :, order], before.boxes[:, :, order])
+    torch.testing.assert_close(detect(model), expected, **EXACT)
+
+
+@every_build
+def test_a_row_of_a_batch_is_the_image_alone(name):
+    model = make(name)
+    together = detect(model)
+    with torch.no_grad():
+        for row, image in enumerate(images(dtype=torch.float64)):
+            expected = Output(together.logits[:, row, None], together.boxes[:, row, None])
+            torch.testing.assert_close(model(image[None]), expected, **EXACT)
+
+
+@every_build
+@pytest.mark.parametrize("targets", [no_targets(), [some_targets()[0], no_targets()[0]]], ids=["none", "mixed"])
+def test_images_without_objects_give_finite_losses_and_gradients(name, targets):
+    model, criterion = make(name).train(), SetCriterion(CLASSES)
+    total = criterion.total(criterion(model(images()), targets))
+    total.backward()
+    assert total.isfinite() and total > 0
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@every_build
+def test_saved_weights_give_the_same_predictions(name, tmp_path):
+    model, other = shake(make(name)), make(name, seed=5)
+    model.names, model.category_ids = list("abcd"), [1, 2, 3, 90]
+    checkpoint = {"model": model.state_dict(), "names": model.names, "category_ids": model.category_ids}
+    torch.save(checkpoint, tmp_path / "model.pt")
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    other.load_state_dict(saved["model"])
+    assert other.names is None and saved["names"] == model.names and saved["category_ids"] == [1, 2, 3, 90]
+    with torch.no_grad():
+        torch.testing.assert_close(other(images()), model(images()), rtol=0, atol=0)
