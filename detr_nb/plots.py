@@ -1,6 +1,7 @@
 """Pictures for the chapters: images with boxes, heat maps, curves, and the figure that says where we are."""
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
@@ -23,8 +24,17 @@ STYLE = {
     "figure.constrained_layout.use": True, "font.size": 9, "axes.titlesize": 10,
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
 }
-styled = plt.rc_context(STYLE)  # as a decorator: the style holds inside one function and is gone after it
 Numbers = Tensor | np.ndarray | Sequence | range
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """The style holds for the length of a block, or of a decorated function, and is gone after it."""
+    before = {name: plt.rcParams[name] for name in STYLE}
+    plt.rcParams.update(STYLE)
+    try:
+        yield
+    finally:
+        plt.rcParams.update(before)
 
 def colour(index: int) -> str:
     """The palette's colour for a class, a set of boxes or a curve; it repeats after eight."""
@@ -34,7 +44,7 @@ def as_array(values: Numbers) -> Shaped[np.ndarray, "..."]:
     """Any numbers as a NumPy array, detached and on the CPU."""
     return values.detach().cpu().float().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
-@styled
+@styled()
 def axes_grid(n: int, columns: int = 4, width: Number = 1.85, height: Number = 1.85) -> list[Axes]:
     """A new figure with `n` axes in rows of at most `columns`.
 
@@ -90,7 +100,7 @@ def caption(label: int | None, names: Sequence[str] | None, score: float | None)
     words = [] if label is None else [names[label] if names else str(label)]
     return " ".join(words + ([] if score is None else [f"{score:.2f}"]))
 
-@styled
+@styled()
 def show_image(
     image: Shaped[Tensor, "3 y x"], boxes: Float[Tensor, "t 4"] | None = None, labels: Numbers | None = None,
     names: Sequence[str] | None = None, scores: Numbers | None = None, title: str = "", ax: Axes | None = None,
@@ -134,9 +144,9 @@ def show_images(
         show_image(images[place], target.get("boxes"), target.get("labels"), names,
                    title=titles[place] if titles else "", ax=ax, masks=target.get("masks"))
 
-@styled
+@styled()
 def show_boxes(
-    sets: Mapping[str, Float[Tensor, "n 4"]], labels: Mapping[str, Sequence] | None = None, title: str = "",
+    sets: Mapping[str, Tensor], labels: Mapping | None = None, title: str = "",
     ax: Axes | None = None,
 ) -> None:
     """Draw sets of boxes in the unit square, y downwards: the first set solid, the others dashed.
@@ -173,7 +183,7 @@ def write_numbers(ax: Axes, matrix: Shaped[np.ndarray, "y x"], scale: Mapping[st
         text = f"{value:.0f}" if whole else f"{value:.2f}"
         ax.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if depth > 0.6 else "#222222")
 
-@styled
+@styled()
 def heatmap(
     matrix: Shaped[Tensor, "y x"] | Shaped[np.ndarray, "y x"] | Sequence, rows: Sequence | None = None,
     columns: Sequence | None = None, title: str = "", xlabel: str = "", ylabel: str = "", numbers: bool | None = None,
@@ -210,7 +220,7 @@ def name_ticks(ax: Axes, rows: Sequence | None, columns: Sequence | None) -> Non
         turn = 45 if sum(map(len, words)) > 40 else 0
         ax.set_xticks(range(len(words)), words, rotation=turn, ha="right" if turn else "center")
 
-@styled
+@styled()
 def heatmaps(
     matrices: Sequence | Shaped[Tensor, "n y x"], titles: Sequence[str], columns: int = 4, title: str = ""
 ) -> None:
@@ -221,7 +231,7 @@ def heatmaps(
         ax.set(xticks=[], yticks=[])
     axes[0].figure.suptitle(title, fontsize=10)
 
-def mark_places(ax: Axes, marks: Mapping[str, Number | tuple[Number, Number]]) -> None:
+def mark_places(ax: Axes, marks: Mapping) -> None:
     """Name places: a number is a vertical line at that x, a pair a dot at (x, y)."""
     for text, place in marks.items():
         if isinstance(place, tuple):
@@ -231,17 +241,17 @@ def mark_places(ax: Axes, marks: Mapping[str, Number | tuple[Number, Number]]) -
             ax.axvline(place, color="#777777", linestyle=":", linewidth=1)
             ax.text(place, 1, f" {text}", transform=ax.get_xaxis_transform(), fontsize=7, va="top")
 
-def finish(ax: Axes, names: Sequence[str], logx: bool, logy: bool, **words: str) -> None:
+def finish(ax: Axes, names: Sequence, logx: bool, logy: bool, **words: str) -> None:
     """Scales, words and a legend where there is more than one name."""
     ax.set(xscale="log" if logx else "linear", yscale="log" if logy else "linear", **words)
     ax.grid(alpha=0.25)
     if len(names) > 1:
         ax.legend(fontsize=7)
 
-@styled
+@styled()
 def curves(
-    lines: Mapping[str, tuple[Numbers, Numbers]], xlabel: str = "", ylabel: str = "", title: str = "",
-    logx: bool = False, logy: bool = False, marks: Mapping[str, Number | tuple[Number, Number]] | None = None,
+    lines: Mapping, xlabel: str = "", ylabel: str = "", title: str = "",
+    logx: bool = False, logy: bool = False, marks: Mapping | None = None,
     ax: Axes | None = None,
 ) -> None:
     """Draw curves over one axis.
@@ -263,10 +273,10 @@ def curves(
     finish(ax, list(lines), logx, logy, xlabel=xlabel, ylabel=ylabel, title=title)
     mark_places(ax, marks or {})
 
-@styled
+@styled()
 def scatter(
-    points: Mapping[str, tuple[Numbers, Numbers]], xlabel: str = "", ylabel: str = "", title: str = "",
-    logx: bool = False, logy: bool = False, marks: Mapping[str, Number | tuple[Number, Number]] | None = None,
+    points: Mapping, xlabel: str = "", ylabel: str = "", title: str = "",
+    logx: bool = False, logy: bool = False, marks: Mapping | None = None,
     ax: Axes | None = None,
 ) -> None:
     """Draw clouds of points over one axis; arguments as in `curves`."""
@@ -277,8 +287,8 @@ def scatter(
     finish(ax, list(points), logx, logy, xlabel=xlabel, ylabel=ylabel, title=title)
     mark_places(ax, marks or {})
 
-@styled
-def bars(values: Mapping[str, Number], ylabel: str = "", title: str = "", ax: Axes | None = None) -> None:
+@styled()
+def bars(values: Mapping, ylabel: str = "", title: str = "", ax: Axes | None = None) -> None:
     """Draw one bar for each name, with its value on top.
 
     Args:
