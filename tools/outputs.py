@@ -1,6 +1,6 @@
 """Write outputs into the notebooks in the form that GitHub shows: no machine's paths, no widget state, no time stamps.
 
-    python tools/outputs.py                     every notebook, with the outputs of the last book build
+    python tools/outputs.py                     every notebook, with the outputs of the last book build (`make book`)
     python tools/outputs.py nbs/03_boxes.ipynb  these only
     python tools/outputs.py --execute NOTEBOOK  execute it here instead of taking what the book build left
 """
@@ -18,11 +18,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
 from detr_nb_book import prepare  # noqa: E402
 
-EXECUTED = ROOT / "book" / "_build" / "jupyter_execute"
+CACHE = ROOT / "book" / "_build" / ".jupyter_cache"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 WIDGET_TEXT = "An interactive figure: see it in the book, or run this cell."
 METADATA = {
-    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "kernelspec": {"display_name": "python3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
 
@@ -32,7 +32,13 @@ def clean_text(text: str) -> str:
     text = "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n"))
     temporary = re.escape(os.path.realpath(tempfile.gettempdir()))
     text = re.sub(temporary + r"/ipykernel_\d+/\d+\.py", "<cell>", text)
-    for folder, name in ((ROOT, "."), (Path(sys.base_prefix), "<python>"), (Path.home(), "~")):
+    data = Path(os.environ.get("DETR_NB_DATA", "/"))
+    for folder, name in (
+        (data, "$DETR_NB_DATA"),
+        (ROOT, "."),
+        (Path(sys.base_prefix), "<python>"),
+        (Path.home(), "~"),
+    ):
         if len(folder.parts) > 1:
             text = text.replace(str(folder), name)
     text = re.sub(temporary + r"(?=/)", "<temporary>", text)
@@ -62,22 +68,21 @@ def execute(prepared: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookN
     return prepared
 
 
-def last_build(prepared: nbformat.NotebookNode, path: Path) -> nbformat.NotebookNode | None:
-    """The notebook as the last book build executed it; None if it did not, or if the notebook was edited since."""
-    file = EXECUTED / path.relative_to(ROOT)
-    if not file.exists():
+def last_build(prepared: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
+    """The notebook as a book build executed it; None if it or what it depends on was edited since."""
+    from jupyter_cache import get_cache
+
+    try:
+        return get_cache(CACHE).merge_match_into_notebook(prepared)[1]
+    except KeyError:
         return None
-    executed = nbformat.read(file, as_version=4)
-    same_cells = [cell.source for cell in executed.cells] == [cell.source for cell in prepared.cells]
-    same_state = executed.metadata.kernelspec.get("detr_nb") == prepared.metadata.kernelspec.detr_nb
-    return executed if same_cells and same_state else None
 
 
 def write_outputs(path: Path, run_here: bool) -> str:
     """Bring one notebook's outputs up to date; says in a word what was done."""
     text = path.read_text("utf8")
     notebook, prepared = nbformat.reads(text, as_version=4), prepare(text)[0]
-    executed = execute(prepared, path.parent) if run_here else last_build(prepared, path)
+    executed = execute(prepared, path.parent) if run_here else last_build(prepared)
     if executed is None:
         return "MISSING: the book was not built since it was edited"
     for cell, done in zip(notebook.cells, executed.cells, strict=True):

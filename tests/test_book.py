@@ -1,0 +1,90 @@
+"""The built book: every page is there, needs no network, describes its pictures and shows its formulas."""
+
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+HTML = ROOT / "book" / "_build" / "html"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update", "--allow-file-access-from-files"),
+    *("--virtual-time-budget=20000", "--host-resolver-rules=MAP * ~NOTFOUND"),
+]
+
+pytestmark = pytest.mark.slow
+
+
+def listed() -> list[str]:
+    toc = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text("utf8"))
+    return [toc["root"], *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"])]
+
+
+def need(present, reason: str) -> None:
+    """Skip for a reader, fail where everything should be at hand."""
+    if not present:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+
+
+class Page(HTMLParser):
+    """What a page loads, and the pictures of its article with their descriptions."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.loaded, self.pictures, self.depth = [], [], 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag in ("script", "img", "iframe", "source"):
+            self.loaded.append(attrs.get("src") or "")
+        if tag == "link" and attrs.get("rel") in ("stylesheet", "preload", "icon", "shortcut icon"):
+            self.loaded.append(attrs.get("href") or "")
+        self.depth += tag == "article"
+        if tag == "img" and self.depth:
+            self.pictures.append((attrs.get("src") or "", attrs.get("alt") or ""))
+
+    def handle_endtag(self, tag):
+        self.depth -= tag == "article"
+
+
+@pytest.fixture(params=listed(), scope="module")
+def page(request) -> Path:
+    need(HTML.exists(), "the book is not built: `make book`")
+    return HTML / f"{request.param}.html"
+
+
+def test_a_page_loads_nothing_from_elsewhere(page):
+    loaded = Page(page.read_text("utf8")).loaded
+    assert [address for address in loaded if re.match(r"(?:https?:)?//", address)] == []
+    for address in loaded:
+        if address and not address.startswith("data:"):
+            assert (page.parent / address.split("?")[0]).exists(), f"{address} is not in the book"
+
+
+def test_every_picture_says_what_it_shows(page):
+    silent = [source for source, alt in Page(page.read_text("utf8")).pictures if not alt or alt == source]
+    assert not silent, "give each a text: detr_nb.plots does, and `#| fig-alt: ...` does"
+
+
+def test_the_formulas_of_a_page_are_sound(page, tmp_path):
+    if 'class="math' not in page.read_text("utf8"):
+        return
+    need(CHROMIUM, "no chromium to typeset the formulas with")
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path}", "--dump-dom", page.as_uri()]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert "mjx-container" in text, "MathJax did not run"
+    assert re.findall(r'data-mjx-error="([^"]*)"', text) == []
+    assert re.findall(r'<g data-mml-node="mtext"[^>]*fill="red"[^>]*>', text) == [], "an unknown TeX command"
+
+
+def test_the_front_door_leads_to_the_front_page():
+    need(HTML.exists(), "the book is not built: `make book`")
+    assert f"url={listed()[0]}.html" in (HTML / "index.html").read_text("utf8")
