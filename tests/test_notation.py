@@ -1,0 +1,151 @@
+"""The shared words: the sample agrees with itself, `expect_error` is strict, and the library keeps to the letters."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from jaxtyping import Float, TypeCheckError, jaxtyped
+from torch import Tensor
+
+from detr_nb.notation import AXES, Number, Output, Target, expect_error, toy_image, toy_output, toy_targets
+
+LIBRARY = Path(__file__).resolve().parents[1] / "detr_nb"
+TYPES = {"Float", "Bool", "Int", "UInt8", "Integer", "Num", "Shaped", "Real", "Complex"}
+
+
+# --- expect_error -------------------------------------------------------------------------------------------------
+def test_expect_error_prints_the_message_without_its_details(capsys):
+    with expect_error(ValueError):
+        raise ValueError("first\nsecond\n----------------------\nCalled with parameters: 1000 lines")
+    assert capsys.readouterr().out == "ValueError: first\nsecond\n"
+
+
+def test_expect_error_wants_an_error():
+    with pytest.raises(AssertionError, match="nothing was raised"), expect_error(ValueError):
+        pass
+
+
+def test_expect_error_lets_other_kinds_through():
+    with pytest.raises(KeyError), expect_error(ValueError):
+        raise KeyError("x")
+    with pytest.raises(KeyboardInterrupt), expect_error(Exception):
+        raise KeyboardInterrupt
+
+
+def test_expect_error_wants_the_words():
+    with pytest.raises(AssertionError, match="expected 'boxes'") as caught, expect_error(ValueError, "boxes"):
+        raise ValueError("labels")
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_expect_error_takes_words_literally_and_ignores_case():
+    with expect_error(ValueError, "F32[2,3] (A+B)?"):
+        raise ValueError("got f32[2,3] (a+b)? here")
+    with pytest.raises(AssertionError), expect_error(ValueError, "a.b"):
+        raise ValueError("axb")
+
+
+def test_expect_error_knows_subclasses(capsys):
+    with expect_error(LookupError, "gone"):
+        raise KeyError("gone")
+    assert capsys.readouterr().out.startswith("KeyError")
+
+
+# --- the sample ---------------------------------------------------------------------------------------------------
+def cells_inside(box: Tensor) -> Tensor:
+    """True for the cells of the 6 x 8 grid whose centre lies in a normalised cxcywh box, one cell at a time."""
+    cx, cy, w, h = box.tolist()
+    inside = torch.zeros(6, 8, dtype=torch.bool)
+    for y in range(6):
+        for x in range(8):
+            inside[y, x] = abs((x + 0.5) / 8 - cx) <= w / 2 and abs((y + 0.5) / 6 - cy) <= h / 2
+    return inside
+
+
+def test_the_picture_shows_what_the_targets_say():
+    image, target = toy_image(), toy_targets()[0]
+    assert image.shape == (3, *target["size"]) and image.min() >= 0 and image.max() <= 1
+    for box, pixel in zip(target["boxes"], (image[:, 2, 1], image[:, 3, 5]), strict=True):
+        same_colour = (image == pixel[:, None, None]).all(0)
+        assert torch.equal(same_colour, cells_inside(box))
+
+
+def test_the_picture_has_four_colours():
+    assert len(torch.unique(toy_image().flatten(1).T, dim=0)) == 4
+
+
+def test_targets_are_legal():
+    target = toy_targets()[0]
+    low, high = target["boxes"][:, :2] - target["boxes"][:, 2:] / 2, target["boxes"][:, :2] + target["boxes"][:, 2:] / 2
+    assert low.min() >= 0 and high.max() <= 1 and (high > low).all()
+    assert target["labels"].dtype == torch.int64 and target["labels"].tolist() == [0, 1]
+    assert Target.__required_keys__ == {"labels", "boxes"}
+
+
+def test_the_last_layer_of_the_toy_output_is_the_better_one():
+    out, target = toy_output(), toy_targets()[0]
+    assert out.logits[-1, 0].argmax(-1).tolist() == [1, 2, 0]  # dog, no-object, cat
+    far, near = ((layer[0, [2, 0]] - target["boxes"]).abs().sum() for layer in out.boxes)
+    assert near < far / 4
+
+
+def test_every_call_makes_a_new_sample():
+    for make in (toy_image, lambda: toy_targets()[0]["boxes"], lambda: toy_output().logits):
+        first = make()
+        first.zero_()
+        assert make().abs().sum() > 0
+
+
+# --- types and letters --------------------------------------------------------------------------------------------
+def test_number_takes_5_and_5_point_0_but_no_text():
+    from beartype import beartype
+
+    @jaxtyped(typechecker=beartype)
+    def twice(factor: Number) -> Number:
+        return 2 * factor
+
+    assert twice(5) == twice(5.0) == 10
+    with pytest.raises(TypeCheckError):
+        twice("5")
+
+
+def test_one_letter_is_one_size_in_one_call():
+    from beartype import beartype
+
+    @jaxtyped(typechecker=beartype)
+    def same(a: Float[Tensor, "q d"], b: Float[Tensor, "s d"]) -> Float[Tensor, "q s"]:
+        return a @ b.T
+
+    assert same(torch.zeros(2, 3), torch.zeros(4, 3)).shape == (2, 4)
+    with pytest.raises(TypeCheckError):
+        same(torch.zeros(2, 3), torch.zeros(4, 2))
+
+
+def axis_words(path: Path) -> set[str]:
+    """Every axis word that stands in a jaxtyping annotation of a file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf8"))):
+        is_type = isinstance(node, ast.Subscript) and getattr(node.value, "id", "") in TYPES
+        if is_type and isinstance(node.slice, ast.Tuple):
+            found |= {word for part in node.slice.elts if isinstance(part, ast.Constant) for word in part.value.split()}
+    return found
+
+
+def test_axis_words_of_a_sample_are_found(tmp_path):
+    sample = tmp_path / "sample.py"
+    sample.write_text('def f(a: Float[Tensor, "#b *n 4"], b: Bool[Tensor, " t"] | None = None): ...\n')
+    assert axis_words(sample) == {"#b", "*n", "4", "t"}
+
+
+@pytest.mark.parametrize("path", sorted(LIBRARY.glob("[a-z]*.py")), ids=lambda path: path.stem)
+def test_the_library_keeps_to_the_letters(path):
+    words = {re.sub(r"^[#*?]+|\d+$", "", word) for word in axis_words(path)}
+    letters = {word for word in words if len(word) == 1 and word.isalpha()}
+    assert letters <= set(AXES), f"{path.name} uses axis letters that chapter 00 does not list"
+
+
+def test_output_fields_have_the_layer_axis_before_the_batch():
+    out = toy_output()
+    assert Output._fields == ("logits", "boxes") and out.logits.shape[:3] == out.boxes.shape[:3] == (2, 1, 3)
