@@ -164,7 +164,8 @@ def show_boxes(
         for corner, text in zip(cxcywh_to_xyxy(boxes.detach().cpu()).tolist(), texts, strict=True):
             draw_box(ax, corner, colour(place), str(text), dashed=place > 0)
     ax.set(xlim=(0, 1), ylim=(1, 0), aspect="equal", title=title, xlabel="x", ylabel="y")
-    ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(sets))
+    if len(sets) > 1:
+        ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(sets))
 
 def colour_range(matrix: Shaped[np.ndarray, "y x"]) -> dict[str, str | float]:
     """White to blue from 0 for weights; purple to orange around 0 where there are negative numbers."""
@@ -210,6 +211,7 @@ def heatmap(
         ax.figure.colorbar(image, ax=ax, shrink=0.8)
     name_ticks(ax, rows, columns)
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    ax.spines[:].set_visible(False)
 
 def name_ticks(ax: Axes, rows: Sequence | None, columns: Sequence | None) -> None:
     """Names instead of numbers at the cells of a matrix; long column names are turned."""
@@ -218,7 +220,7 @@ def name_ticks(ax: Axes, rows: Sequence | None, columns: Sequence | None) -> Non
     if columns is not None:
         words = [str(column) for column in columns]
         turn = 45 if sum(map(len, words)) > 40 else 0
-        ax.set_xticks(range(len(words)), words, rotation=turn, ha="right" if turn else "center")
+        ax.set_xticks(range(len(words)), words, rotation=turn, ha="right" if turn else "center", fontsize=8)
 
 @styled()
 def heatmaps(
@@ -236,7 +238,7 @@ def mark_places(ax: Axes, marks: Mapping) -> None:
     for text, place in marks.items():
         if isinstance(place, tuple):
             ax.plot(*place, "o", color="#222222", markersize=4)
-            ax.annotate(text, place, (4, 4), textcoords="offset points", fontsize=7)
+            ax.annotate(text, place, (5, -9), textcoords="offset points", fontsize=7)
         else:
             ax.axvline(place, color="#777777", linestyle=":", linewidth=1)
             ax.text(place, 1, f" {text}", transform=ax.get_xaxis_transform(), fontsize=7, va="top")

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from official import DATA, Reference, batch
 from torch import nn
+from torchvision.models._utils import IntermediateLayerGetter
 
 from detr_nb import model as chapter
 from detr_nb.backbone import TinyBackbone
@@ -154,17 +155,24 @@ def test_the_demo_model_equals_its_formula_one_image_at_a_time():
     model = DETRDemo(5, hidden_dim=32, nheads=4, enc_layers=1, dec_layers=2).eval()
     peer = nn.Transformer(32, 4, 1, 2).eval()
     peer.load_state_dict(model.transformer.state_dict())
+    body = IntermediateLayerGetter(model.backbone, {"layer4": "last"})
     images = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
         out = model(images)
         for row, image in enumerate(images):
-            features = model.features(image[None])[0]
+            features = model.conv(body(image[None])["last"])[0]
             _, rows, cols = features.shape
             cells = [torch.cat((model.col_embed[x], model.row_embed[y])) + 0.1 * features[:, y, x]
                      for y in range(rows) for x in range(cols)]
             content = peer(torch.stack(cells), model.query_pos)
             torch.testing.assert_close(out.logits[0, row], model.linear_class(content), atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(out.boxes[0, row], model.linear_bbox(content).sigmoid(), atol=1e-4, rtol=1e-4)
+
+
+def test_the_parts_of_the_demo_model_have_the_names_of_the_original_listing():
+    names = {key.split(".")[0] for key in DETRDemo(5, 32, 4, 1, 1).state_dict()}
+    layers = {"backbone", "conv", "transformer", "linear_class", "linear_bbox"}
+    assert names == layers | {"query_pos", "row_embed", "col_embed"}
 
 
 def test_the_demo_model_names_its_limits():

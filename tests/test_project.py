@@ -8,10 +8,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 
 import detr_nb
 
@@ -218,6 +220,11 @@ def test_versions_agree():
 def test_constraints_name_versions_and_no_places():
     lines = [line for line in (ROOT / "constraints.txt").read_text("utf8").splitlines() if not line.startswith("#")]
     assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[\w.+!-]+", line)] == []
+
+
+def test_every_installed_version_runs_on_the_oldest_python():
+    wanted = {dist.metadata["Name"]: dist.metadata.get("Requires-Python") or "" for dist in distributions()}
+    assert [name for name, versions in wanted.items() if not SpecifierSet(versions).contains("3.11.0")] == []
 
 
 # --- packaging ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,62 @@
+"""Record the experiment "train on shapes": one setting, one budget, one seed, one JSON file.
+
+    python results/train_on_shapes.py --setting easy --minutes 5 --seed 0
+
+A run that was stopped goes on when the command is given again. Scenes and checkpoints are kept under .cache/, which git
+ignores. The clock counts steps and their data; drawing the scenes and evaluating do not count. Nothing else should run
+beside it.
+"""
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from detr_nb.shapes import DEFAULT, EASY
+from detr_nb.training import ShapesData, TinyModel, TrainConfig, fit, record
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = {"easy": EASY, "default": DEFAULT}
+PAPER_MODEL = TinyModel(pre_norm=False, dropout=0.1, temperature=10000)
+
+
+def with_paper_recipe(config: TrainConfig) -> TrainConfig:
+    """The paper's hyper-parameters on the same small backbone, data and budget."""
+    return replace(config, model=PAPER_MODEL, lr=1e-4, lr_backbone=1e-5, warmup=0.0, weight_ce=1)
+
+
+def read_command_line() -> argparse.Namespace:
+    """Setting, minutes, seed, and whose recipe."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--setting", choices=SETTINGS, default="easy")
+    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--steps", type=int, help="fixed steps instead of minutes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--paper", action="store_true", help="the paper's hyper-parameters instead of ours")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train and record."""
+    args = read_command_line()
+    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_flush_denormal(True)
+    budget = f"{args.steps}steps" if args.steps else f"{args.minutes:g}min"
+    name = f"shapes_{args.setting}_{budget}_{'paper_' if args.paper else ''}seed{args.seed}"
+    config = TrainConfig(
+        data=ShapesData(SETTINGS[args.setting], cache=str(ROOT / ".cache" / "scenes")),
+        minutes=None if args.steps else args.minutes, steps=args.steps or 1, evaluations=8,
+        seed=args.seed, folder=str(ROOT / ".cache" / "runs" / name),
+    )
+    run = fit(with_paper_recipe(config) if args.paper else config)
+    what = f"DETR from scratch on generated scenes, {args.setting} setting, {budget}"
+    flags = f"--setting {args.setting} {f'--steps {args.steps}' if args.steps else f'--minutes {args.minutes:g}'}"
+    flags += f" --seed {args.seed}{' --paper' if args.paper else ''}"
+    record(run, what + (", the paper's hyper-parameters" if args.paper else ""),
+           f"python results/train_on_shapes.py {flags}", ROOT / "results" / f"{name}.json")
+    print(name, run.line())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,567 @@
+"""Real data: readers against pycocotools and Pillow, transforms against painted boxes, loaders against themselves."""
+
+import json
+import os
+import pickle
+import time
+import xml.etree.ElementTree as ET
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from detr_nb.boxes import cxcywh_to_xyxy, scale_boxes, xyxy_to_cxcywh, xyxy_to_xywh
+from detr_nb.data import (
+    KINDS,
+    Batch,
+    CocoDataset,
+    DataError,
+    MemoryDataset,
+    MemoryLoader,
+    Problem,
+    RandomSizeCrop,
+    Transformed,
+    VocDataset,
+    apply_transform,
+    check_data,
+    collate,
+    denormalise,
+    epoch_loader,
+    eval_transform,
+    in_memory,
+    normalise,
+    pad_images,
+    read_image,
+    summary,
+    train_transform,
+    turn_image,
+)
+
+BCCD = Path(__file__).parent / "data" / "bccd"
+
+
+def whole_set(name):
+    """A folder of the data given from outside, or a skip that says what is missing."""
+    folder = Path(os.environ.get("DETR_NB_DATA", "")) / name
+    if not os.environ.get("DETR_NB_DATA") or not folder.is_dir():
+        pytest.skip(f"DETR_NB_DATA names no folder with {name}/")
+    return folder
+
+
+def painted(size, corners):
+    """A black picture with boxes of different greys, and a target whose labels are the places of the greys."""
+    image = torch.zeros(3, *size, dtype=torch.uint8)
+    for i, (x0, y0, x1, y1) in enumerate(corners):
+        image[:, y0:y1, x0:x1] = 40 + 30 * i
+    boxes = xyxy_to_cxcywh(scale_boxes(torch.tensor(corners).float().reshape(-1, 4), 1 / size[0], 1 / size[1]))
+    return image, {"labels": torch.arange(len(corners)), "boxes": boxes, "image_id": 3, "size": size}
+
+
+def corners_in_pixels(image, target):
+    return scale_boxes(cxcywh_to_xyxy(target["boxes"]), *image.shape[1:])
+
+
+def corners_of_grey(image, place, spread=0):
+    """Corners of the pixels with the grey of one place; None if there are none."""
+    rows, cols = ((image[0].int() - (40 + 30 * place)).abs() <= spread).nonzero().T
+    return torch.tensor([cols.min(), rows.min(), cols.max() + 1, rows.max() + 1]).float() if len(rows) else None
+
+
+# reading pictures
+
+
+def turned_by_hand(pixels, note):
+    """What each of the eight EXIF notes means, from the standard's table (where row 0 and column 0 belong)."""
+    return {
+        1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1], 5: pixels.transpose(1, 0, 2),
+        6: np.rot90(pixels, -1), 7: pixels[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(pixels),
+    }[note]  # fmt: skip
+
+
+@pytest.mark.parametrize("note", range(1, 9))
+def test_exif_notes_are_obeyed(tmp_path, note):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = note
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    expected = torch.from_numpy(turned_by_hand(pixels, note).copy()).permute(2, 0, 1)
+    torch.testing.assert_close(read_image(tmp_path / "a.png"), expected)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "I"])
+def test_every_mode_becomes_three_colours(tmp_path, mode):
+    grey = np.array([[0, 255, 0], [255, 255, 0]], np.uint8)
+    if mode.startswith("I"):
+        wide = grey.astype(np.uint16) * 257
+        picture = Image.fromarray(wide if mode == "I;16" else wide.astype(np.int32))
+    else:
+        picture = Image.fromarray(grey).convert(mode)
+    path = tmp_path / ("a.tif" if mode in ("CMYK", "I") else "a.png")
+    picture.save(path)
+    image = read_image(path)
+    assert image.dtype == torch.uint8 and image.is_contiguous()
+    torch.testing.assert_close(image, torch.from_numpy(grey).expand(3, 2, 3), atol=2, rtol=0)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", b"\xff\xd8\xff\xe0 rubbish"])
+def test_unreadable_pictures_are_named(tmp_path, content):
+    (tmp_path / "bad.jpg").write_bytes(content)
+    with pytest.raises(DataError, match=r"bad\.jpg: picture is .*restore the file"):
+        read_image(tmp_path / "bad.jpg")
+    with pytest.raises(DataError, match=r"absent\.jpg"):
+        read_image(tmp_path / "absent.jpg")
+
+
+# readers
+
+
+def coco_folder(path, annotations, categories=((1, "a"), (5, "b"), (90, "c")), images=({"id": 1},)):
+    """A COCO folder with blank pictures of 40 rows and 60 columns."""
+    rows = [{"file_name": f"{image['id']}.png", "height": 40, "width": 60, **image} for image in images]
+    for row in rows:
+        Image.new("RGB", (60, 40)).save(path / row["file_name"])
+    content = {
+        "images": rows, "annotations": annotations, "categories": [{"id": i, "name": n} for i, n in categories]
+    }  # fmt: skip
+    (path / "a.json").write_text(json.dumps(content))
+    return CocoDataset(path, path / "a.json", masks=True)
+
+
+def test_masks_equal_pycocotools_in_all_three_notations(tmp_path, capsys):
+    runs = coco_mask.encode(np.asfortranarray(np.eye(40, 60, dtype=np.uint8)))
+    packed = {"size": [40, 60], "counts": runs["counts"].decode()}
+    polygons = [[3, 3, 20, 4, 18, 30], [40, 10, 50, 10, 50, 20, 40, 20]]
+    outlines = [polygons, packed, {"size": [40, 60], "counts": [100, 40, 2260]}]
+    rows = [
+        {"id": i, "image_id": 1, "category_id": 5, "bbox": [0, 0, 60, 40], "area": 1, "iscrowd": int(i > 1),
+         "segmentation": outline} for i, outline in enumerate(outlines, 1)
+    ]  # fmt: skip
+    target = coco_folder(tmp_path, rows)[0][1]
+    reference = COCO(tmp_path / "a.json")
+    for mask, row in zip(target["masks"], rows, strict=True):
+        np.testing.assert_array_equal(mask.numpy(), reference.annToMask(row).astype(bool))
+
+
+def test_coco_ids_are_contiguous_and_reversible(tmp_path):
+    rows = [{"id": i, "image_id": 1, "category_id": c, "bbox": [1, 1, 5, 5 + i]} for i, c in enumerate((90, 1, 5, 90))]
+    dataset = coco_folder(tmp_path, rows, categories=((90, "c"), (1, "a"), (5, "b")))
+    labels = dataset[0][1]["labels"].tolist()
+    assert labels == [2, 0, 1, 2] and dataset.names == ["a", "b", "c"]
+    assert [dataset.category_ids[label] for label in labels] == [90, 1, 5, 90]
+
+
+def test_coco_details(tmp_path):
+    rows = [
+        {"id": 1, "image_id": 1, "category_id": 1, "bbox": [-10, 5, 20, 10]},
+        {"id": 2, "image_id": 1, "category_id": 1, "bbox": [5, 5, 0, 10]},
+        {"id": 3, "image_id": 1, "category_id": 5, "bbox": [0, 0, 60, 40], "iscrowd": 1},
+    ]
+    dataset = coco_folder(tmp_path, rows, images=({"id": 1}, {"id": 2}))
+    target = dataset[0][1]
+    assert target["crowd"].tolist() == [False, True] and target["area"].tolist() == [200, 2400]
+    torch.testing.assert_close(target["boxes"][0], torch.tensor([5 / 60, 10 / 40, 10 / 60, 10 / 40]))
+    empty = dataset[1][1]
+    assert empty["boxes"].shape == (0, 4) and empty["masks"].shape == (0, 40, 60)
+    assert empty["labels"].dtype == torch.int64
+    assert len(CocoDataset(tmp_path, tmp_path / "a.json", keep_crowd=False)[0][1]["labels"]) == 1
+    assert len(CocoDataset(tmp_path, tmp_path / "a.json", drop_degenerate=False)[0][1]["labels"]) == 3
+    torch.testing.assert_close(dataset[-1][0], dataset[1][0])
+    with pytest.raises(IndexError):
+        dataset[2]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"category_id": 4, "bbox": [0, 0, 5, 5]}, r"annotations\[0\] \(id 1\) class is 4 .*use one of 1, 5, 90"),
+        ({"category_id": 1, "bbox": [0, 0, float("nan"), 5]}, r"annotations\[0\] \(id 1\) box is .*nan.*finite"),
+        ({"category_id": 1, "bbox": [0, 0, 5]}, r"annotations\[0\] \(id 1\) box is \[0, 0, 5\] \(non-finite\)"),
+        ({"category_id": 1}, r"annotations\[0\] \(id 1\) box is None"),
+        ({"bbox": [0, 0, 5, 5]}, r"annotations\[0\] \(id 1\) class is None"),
+    ],
+)
+def test_what_cannot_be_mended_is_refused_by_name(tmp_path, row, words):
+    dataset = coco_folder(tmp_path, [{"id": 1, "image_id": 1, **row}])
+    with pytest.raises(DataError, match=r"a\.json: " + words):
+        dataset[0]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"images": []}'])
+def test_files_that_are_no_coco(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(DataError, match=r"a\.json: content is"):
+        CocoDataset(tmp_path, tmp_path / "a.json")
+
+
+def voc_folder(path, objects, split="train", stem="one"):
+    """A VOC folder with one blank picture of 40 rows and 60 columns."""
+    for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (path / part).mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (60, 40)).save(path / "JPEGImages" / f"{stem}.jpg")
+    sides = ("xmin", "ymin", "xmax", "ymax")
+    rows = "".join(
+        f"<object><name>{name}</name><bndbox>" + "".join(f"<{s}>{v}</{s}>" for s, v in zip(sides, box, strict=True))
+        + "</bndbox></object>" for name, box in objects
+    )  # fmt: skip
+    size = "<size><width>60</width><height>40</height></size>"
+    (path / "Annotations" / f"{stem}.xml").write_text(f"<annotation>{size}{rows}</annotation>")
+    with open(path / "ImageSets" / "Main" / f"{split}.txt", "a") as file:
+        file.write(f"{stem} 1\n\n")
+
+
+def test_voc_splits_share_one_class_table(tmp_path):
+    voc_folder(tmp_path, [("zebra", (1, 1, 9, 9))], "train", "one")
+    voc_folder(tmp_path, [("ant", (1, 1, 9, 9))], "val", "two")
+    train, val = VocDataset(tmp_path, "train"), VocDataset(tmp_path, "val")
+    assert train.names == val.names == ["ant", "zebra"] and len(train) == len(val) == 1
+    assert train[0][1]["labels"].tolist() == [1] and val[0][1]["labels"].tolist() == [0]
+
+
+def test_voc_details(tmp_path):
+    voc_folder(tmp_path, [("ant", (1, 1, 9, 9)), ("ant", (5, 5, 5, 5))])
+    image, target = VocDataset(tmp_path, "train", first_pixel=1)[0]  # from pixel 5 to pixel 5 is one pixel wide
+    torch.testing.assert_close(corners_in_pixels(image, target), torch.tensor([[0.0, 0, 9, 9], [4, 4, 5, 5]]))
+    assert len(VocDataset(tmp_path, "train")[0][1]["labels"]) == 1
+    assert len(VocDataset(tmp_path, "train", drop_degenerate=False)[0][1]["labels"]) == 2
+    with pytest.raises(DataError, match=r"one\.xml: object\[0\] class is 'ant' .*use one of 'bee'"):
+        VocDataset(tmp_path, "train", names=["bee"])[0]
+    (tmp_path / "Annotations" / "one.xml").write_text("<annotation><object>")
+    with pytest.raises(DataError, match=r"one\.xml: content is"):
+        VocDataset(tmp_path, "train", names=["ant"])[0]
+
+
+def test_bccd_boxes_equal_a_plain_reading_of_the_files():
+    dataset = VocDataset(BCCD, "trainval", drop_degenerate=False)
+    assert dataset.names == ["Platelets", "RBC", "WBC"]
+    for stem, (image, target) in zip(dataset.stems, map(dataset.__getitem__, range(3)), strict=True):
+        root = ET.parse(BCCD / "Annotations" / f"{stem}.xml").getroot()
+        written = [[float(side.text) for side in box] for box in root.iter("bndbox")]
+        torch.testing.assert_close(corners_in_pixels(image, target), torch.tensor(written), atol=1e-3, rtol=0)
+        assert [dataset.names[i] for i in target["labels"]] == [name.text for name in root.iter("name")]
+
+
+def test_coco_mini_equals_pycocotools(capsys):
+    folder = whole_set("coco_mini")
+    file = folder / "annotations" / "instances_val2017.json"
+    dataset, reference = CocoDataset(folder / "val2017", file, masks=True), COCO(file)
+    assert check_data(dataset) == [] and len(dataset) == 79
+    crowds = 0
+    for index in range(len(dataset)):
+        image, target = dataset[index]
+        rows = reference.loadAnns(reference.getAnnIds(imgIds=target["image_id"]))
+        assert [dataset.category_ids[i] for i in target["labels"]] == [row["category_id"] for row in rows]
+        assert target["crowd"].tolist() == [bool(row["iscrowd"]) for row in rows]
+        boxes = torch.tensor([row["bbox"] for row in rows]).reshape(-1, 4)
+        torch.testing.assert_close(xyxy_to_xywh(corners_in_pixels(image, target)), boxes, atol=1e-2, rtol=0)
+        for mask, row in zip(target["masks"], rows, strict=True):
+            np.testing.assert_array_equal(mask.numpy(), reference.annToMask(row).astype(bool))
+        crowds += int(target["crowd"].sum())
+    assert crowds == 5
+
+
+# check_data
+
+
+def test_bccd_has_the_known_bad_box_here_and_two_in_all():
+    (problem,) = check_data(VocDataset(BCCD, "trainval"))
+    assert problem.kind == "degenerate" and problem.file.endswith("BloodImage_00343.xml")
+    folder = whole_set("bccd")
+    found = [p for split in ("trainval", "test") for p in check_data(VocDataset(folder, split))]
+    assert [(Path(p.file).stem, p.kind) for p in found] == [
+        ("BloodImage_00338", "degenerate"), ("BloodImage_00343", "degenerate")
+    ]  # fmt: skip
+
+
+FAULTS = {
+    "degenerate": lambda box: [box[0], box[1], 0.0, box[3]],
+    "out of image": lambda box: [1.0, box[1], 0.2, box[3]],
+    "non-finite": lambda box: [float("inf"), *box[1:]],
+    "unknown class": lambda box: box,
+}
+
+
+@given(st.lists(st.sampled_from([None, *FAULTS]), max_size=12), st.integers(0, 10**6))
+def test_planted_faults_are_found_and_nothing_else(plan, seed):
+    generator = np.random.default_rng(seed)
+    targets = []
+    for kind in plan:
+        box = [*generator.uniform(0.3, 0.7, 2), *generator.uniform(0.1, 0.5, 2)]
+        label = 2 if kind == "unknown class" else 1
+        boxes = torch.tensor([FAULTS[kind](box) if kind else box, [0.5, 0.5, 1.0, 1.0]])
+        targets.append({"labels": torch.tensor([label, 0]), "boxes": boxes})
+    dataset = MemoryDataset(torch.zeros(len(plan), 3, 20, 30, dtype=torch.uint8), targets, ["a", "b"])
+    found = [(p.file, p.kind) for p in check_data(dataset)]
+    assert found == [(f"image {i}", kind) for i, kind in enumerate(plan) if kind]
+
+
+def test_one_broken_file_hides_no_other(tmp_path):
+    for stem in ("one", "two", "three", "four"):
+        voc_folder(tmp_path, [("ant", (1, 1, 9, 9)), ("ant", (1, 1, 9, 9))], stem=stem)
+    (tmp_path / "Annotations" / "one.xml").write_text("<annotation>")
+    (tmp_path / "Annotations" / "two.xml").unlink()
+    (tmp_path / "JPEGImages" / "three.jpg").unlink()
+    seen = []
+    problems = check_data(VocDataset(tmp_path, "train", names=["ant"]), report=seen.append)
+    assert [p.kind for p in problems] == ["unreadable", "unreadable", "unreadable", "duplicate", "duplicate"]
+    assert seen == problems and all(p.file and p.field and p.value and p.remedy for p in problems)
+
+
+def test_wild_entries_do_not_stop_the_check(tmp_path):
+    rows = [{"image_id": 1, "category_id": 1, "bbox": [1, 1, 5, 5]}, {"category_id": [1], "bbox": {}}, {"image_id": 2}]
+    dataset = coco_folder(tmp_path, rows, images=({"id": 1}, {"id": 2}))
+    del dataset.images[0]["file_name"]
+    kinds = Counter(p.kind for p in check_data(dataset))
+    assert kinds == {"orphan": 1, "unreadable": 1, "non-finite": 1, "unknown class": 1}
+
+
+def test_rotated_pictures_are_compared_by_their_true_size(tmp_path):
+    dataset = coco_folder(tmp_path, [{"image_id": 1, "category_id": 1, "bbox": [1, 1, 50, 5]}])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (60, 40)).save(tmp_path / "1.png", exif=exif)
+    assert [p.kind for p in check_data(dataset)] == ["size", "out of image"]
+
+
+def test_any_dataset_with_names_can_be_checked():
+    class Two(Dataset):
+        names = ["a"]
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            box = torch.tensor([[0.5, 0.5, 0.2 * index, 0.2]])
+            return torch.zeros(3, 8, 8, dtype=torch.uint8), {"labels": torch.tensor([0]), "boxes": box}
+
+    assert [(p.file, p.kind) for p in check_data(Two())] == [("image 0", "degenerate")]
+
+
+def test_summary_counts_and_cuts():
+    problems = [Problem("f", f"field {i}", "v", "r", KINDS[i % 2]) for i in range(30)]
+    text = summary(problems, limit=3)
+    assert text.startswith("30 problems: 15 ") and "field 2" in text and "field 3" not in text and "27 more" in text
+    assert summary([]) == "no problems found"
+
+
+# transforms
+
+
+boxes_inside = st.lists(
+    st.tuples(st.integers(0, 99), st.integers(0, 59), st.integers(12, 40), st.integers(12, 40)), max_size=1
+).map(lambda rows: [(x, y, min(x + w, 130), min(y + h, 90)) for x, y, w, h in rows])
+
+
+@given(boxes_inside, st.integers(0, 10**6))
+def test_boxes_go_where_their_pixels_go(corners, seed):
+    torch.manual_seed(seed)
+    recipe = train_transform(range(60, 140, 16), 200, crop=(30, 70), before_crop=(70, 90))
+    image, target = apply_transform(recipe, *painted((90, 130), corners))
+    seen = [corners_of_grey(image, i, spread=15) for i in range(len(corners))]
+    for label, told in zip(target["labels"].tolist(), corners_in_pixels(image, target), strict=True):
+        if min(told[2:] - told[:2]) > 4:  # thinner parts may be blurred away
+            torch.testing.assert_close(seen[label], told, atol=1.6, rtol=0)
+    gone = set(range(len(corners))) - set(target["labels"].tolist())
+    assert all(seen[i] is None for i in gone)
+    assert target["image_id"] == 3 and target["size"] == (90, 130)
+
+
+@given(st.integers(0, 10**6))
+def test_crops_keep_everything_that_belongs_to_a_box_together(seed):
+    torch.manual_seed(seed)
+    corners = [(5, 5, 25, 25), (40, 8, 60, 30), (8, 40, 30, 60), (70, 60, 95, 85), (50, 45, 62, 57)]
+    image, target = painted((90, 100), corners)
+    target |= {"masks": image[0] == (40 + 30 * torch.arange(5))[:, None, None], "area": torch.arange(5.0)}
+    target["crowd"] = torch.arange(5) % 2 == 0
+    image, target = apply_transform(RandomSizeCrop(20, 60), image, target)
+    for i, label in enumerate(target["labels"].tolist()):
+        told = corners_in_pixels(image, target)[i]
+        torch.testing.assert_close(told, corners_of_grey(image, label), atol=1e-3, rtol=0)
+        assert torch.equal(target["masks"][i], image[0] == 40 + 30 * label)
+        assert target["area"][i] == label and target["crowd"][i] == (label % 2 == 0)
+    visible = [label for label in range(5) if corners_of_grey(image, label) is not None]
+    assert target["labels"].tolist() == visible
+
+
+def test_transforms_leave_their_input_alone():
+    image, target = painted((90, 130), [(10, 10, 50, 50)])
+    before = image.clone(), target["boxes"].clone()
+    apply_transform(v2.Compose([v2.RandomHorizontalFlip(1.0), RandomSizeCrop(20, 40)]), image, target)
+    torch.testing.assert_close((image, target["boxes"]), before)
+    normalise(image)
+    torch.testing.assert_close(image, before[0])
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((480, 640), (800, 1066)), ((300, 1000), (399, 1333)), ((1000, 300), (1333, 399))]
+)
+def test_eval_transform_gives_the_papers_sizes_and_loses_nothing(size, expected):
+    image, target = apply_transform(eval_transform(), *painted(size, [(10, 10, 12, 11)]))
+    assert abs(image.shape[1] - expected[0]) <= 1 and abs(image.shape[2] - expected[1]) <= 1
+    assert max(image.shape) <= 1333 and len(target["boxes"]) == 1
+
+
+def test_the_crop_never_exceeds_a_small_image():
+    for seed in range(20):
+        torch.manual_seed(seed)
+        image, _ = apply_transform(RandomSizeCrop(384, 600), *painted((50, 700), []))
+        assert image.shape[1] == 50 and 384 <= image.shape[2] <= 600
+
+
+# batches
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5))
+def test_padding_hides_nothing_and_shows_nothing(sizes):
+    images = [1 + torch.rand(3, *size) for size in sizes]
+    batch, pad = pad_images(images)
+    assert batch.shape[2:] == (max(y for y, _ in sizes), max(x for _, x in sizes))
+    for image, row, hidden in zip(images, batch, pad, strict=True):
+        torch.testing.assert_close(row[:, ~hidden].reshape(image.shape), image)
+        assert (row[:, hidden] == 0).all()
+        assert not hidden[: image.shape[1], : image.shape[2]].any()
+
+
+def test_normalise_is_exact_and_takes_bytes_only():
+    image = torch.arange(256, dtype=torch.uint8).repeat(3, 1)[:, :, None]
+    expected = v2.functional.normalize(image.float() / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    torch.testing.assert_close(normalise(image), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(denormalise(normalise(image)), image)
+    torch.testing.assert_close(denormalise(normalise(image, (0, 0, 0), (1, 1, 1)), (0, 0, 0), (1, 1, 1)), image)
+    with pytest.raises(Exception, match="images"):
+        normalise(image.float())
+
+
+def test_batches_move_to_a_device_whole():
+    batch = collate([painted((8, 9), [(1, 1, 5, 5)]), painted((9, 8), [])]).to("meta")
+    assert isinstance(batch, Batch) and {batch.images.device.type, batch.pad.device.type} == {"meta"}
+    assert batch.targets[0]["boxes"].device.type == "meta" and batch.targets[0]["image_id"] == 3
+
+
+# loaders
+
+
+def fingerprint(loader):
+    """Everything a loader gives, by image, with the order."""
+    return [
+        (target["image_id"], target["boxes"], row[:, ~pad]) for batch in loader
+        for row, pad, target in zip(*batch, strict=True)
+    ]  # fmt: skip
+
+
+def assert_same(a, b):
+    torch.testing.assert_close([list(row) for row in a], [list(row) for row in b], rtol=0, atol=0)
+
+
+RECIPE = train_transform(range(60, 140, 16), 200, crop=(30, 70), before_crop=(70, 90))
+
+
+@pytest.mark.parametrize(("workers", "batch_size"), [(0, 1), (1, 2), (2, 3)])
+def test_workers_and_batch_size_change_nothing(workers, batch_size):
+    dataset = VocDataset(BCCD, "trainval")
+    expected = fingerprint(epoch_loader(dataset, RECIPE, 3, seed=4, epoch=1))
+    before = torch.get_rng_state()
+    assert_same(fingerprint(epoch_loader(dataset, RECIPE, batch_size, 4, 1, workers)), expected)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_seed_and_epoch_change_order_and_augmentation():
+    dataset = in_memory(VocDataset(BCCD, "trainval"), (60, 80))
+    dataset = MemoryDataset(dataset.images.repeat(8, 1, 1, 1), dataset.targets * 8, dataset.names)
+    views = [Transformed(dataset, RECIPE, seed, epoch)[0][0] for seed in range(4) for epoch in range(4)]
+    assert len({view.numpy().tobytes() for view in views}) > 8
+    orders = [list(epoch_loader(dataset, None, 1, s, e).sampler) for s, e in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    assert len(set(map(tuple, orders))) == 4 and all(sorted(order) == list(range(24)) for order in orders)
+    assert list(epoch_loader(dataset, None, 1, shuffle=False).sampler) == list(range(24))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_keep_their_words_through_workers(tmp_path, workers):
+    dataset = coco_folder(tmp_path, [{"id": 1, "image_id": 1, "category_id": 4, "bbox": [0, 0, 5, 5]}])
+    with pytest.raises(DataError, match="use one of 1, 5, 90"):
+        next(iter(epoch_loader(dataset, None, 1, workers=workers)))
+    error = pickle.loads(pickle.dumps(DataError("words")))
+    assert str(error) == "words"
+
+
+def painted_memory(size, count=64):
+    """Many copies of one painted picture, told apart by image_id, with masks."""
+    image, target = painted(size, [(3, 2, 12, 8), (14, 9, 20, 15)])
+    masks = image[0] == torch.tensor([40, 70])[:, None, None]
+    targets = [{**target, "image_id": i, "masks": masks} for i in range(count)]
+    return MemoryDataset(image.repeat(count, 1, 1, 1), targets, ["a", "b"])
+
+
+@pytest.mark.parametrize(("size", "many"), [((24, 24), 8), ((16, 24), 4)])
+def test_memory_loader_turns_picture_boxes_and_masks_alike(size, many):
+    views = set()
+    for batch in MemoryLoader(painted_memory(size), 16, seed=2).epoch(0):
+        assert batch.images.is_contiguous(memory_format=torch.channels_last) and not batch.pad.any()
+        for row, target in zip(denormalise(batch.images), batch.targets, strict=True):
+            views.add(row.numpy().tobytes())
+            for label, told in enumerate(corners_in_pixels(row, target)):
+                torch.testing.assert_close(corners_of_grey(row, label), told, atol=1e-3, rtol=0)
+                assert torch.equal(target["masks"][label], row[0] == 40 + 30 * label)
+    assert len(views) == many
+
+
+def test_symmetries_are_the_group_of_the_square():
+    square = torch.arange(9).reshape(1, 3, 3)
+    quarter_turns = [torch.rot90(square, k, (1, 2)) for k in range(4)]
+    expected = {tuple(v.flatten().tolist()) for turn in quarter_turns for v in (turn, turn.flip(-1))}
+    assert {tuple(turn_image(square, s).flatten().tolist()) for s in range(8)} == expected
+
+
+@settings(max_examples=15)
+@given(st.integers(1, 70), st.integers(0, 3), st.integers(0, 3))
+def test_batch_size_changes_neither_order_nor_turns(batch_size, seed, epoch):
+    dataset = painted_memory((24, 24), count=33)
+    loader = MemoryLoader(dataset, batch_size, seed)
+    batches = list(loader.epoch(epoch))
+    assert len(batches) == len(loader) and sum(len(b.images) for b in batches) == 33
+    assert_same(fingerprint(batches), fingerprint(MemoryLoader(dataset, 33, seed).epoch(epoch)))
+
+
+def test_memory_loader_in_plain_order():
+    dataset = painted_memory((16, 24), count=10)
+    (batch,) = MemoryLoader(dataset, 16, augment=False, shuffle=False).epoch(3)
+    torch.testing.assert_close(denormalise(batch.images), dataset.images)
+    assert [t["image_id"] for t in batch.targets] == list(range(10))
+
+
+def test_images_without_objects_go_through():
+    dataset = MemoryDataset(
+        torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
+        [{"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}] * 2, ["a"],
+    )  # fmt: skip
+    (batch,) = MemoryLoader(dataset, 2).epoch(0)
+    assert [t["boxes"].shape for t in batch.targets] == [(0, 4), (0, 4)]
+    assert next(iter(epoch_loader(dataset, RECIPE, 2))).targets[0]["boxes"].shape == (0, 4)
+
+
+def test_in_memory_reports_in_original_pixels():
+    dataset = in_memory(VocDataset(BCCD, "trainval"), (60, 80))
+    assert dataset.images.shape == (3, 3, 60, 80) and dataset.targets[0]["size"] == (480, 640)
+    torch.testing.assert_close(dataset.targets[0]["boxes"], VocDataset(BCCD, "trainval")[0][1]["boxes"])
+
+
+def test_the_fast_path_is_fast():
+    images = torch.randint(0, 256, (640, 3, 128, 128), dtype=torch.uint8)
+    target = {"labels": torch.zeros(5, dtype=torch.int64), "boxes": torch.rand(5, 4)}
+    dataset, times = MemoryDataset(images, [target] * 640, ["a"]), [time.perf_counter()]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in MemoryLoader(dataset, 16).epoch(0):
+            times.append(time.perf_counter())
+    finally:
+        torch.set_num_threads(threads)
+    assert np.diff(times).min() < 0.006  # about 0.001 on a quiet core of today

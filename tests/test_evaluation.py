@@ -1,0 +1,408 @@
+"""Metrics against pycocotools used directly, random detections, hand-made errors, and the ways to misuse `evaluate`."""
+
+import contextlib
+import io
+import json
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import nn
+
+from detr_nb.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
+from detr_nb.data import MemoryDataset
+from detr_nb.evaluation import (
+    COCO_THRESHOLDS,
+    ERRORS,
+    ap_table,
+    average_precision,
+    coco_evaluate,
+    coco_results,
+    confusion_matrix,
+    error_breakdown,
+    error_gains,
+    evaluate,
+    evaluation_mode,
+    match,
+    pr_curve,
+    precision_recall,
+    predict,
+    relabel,
+)
+from detr_nb.notation import Output, Target
+
+NAMES, IDS = ["cat", "dog", "owl"], [17, 3, 90]  # raw ids neither contiguous nor sorted
+
+
+def target(boxes_xyxy: list, labels: list, side: int = 100, **more) -> Target:
+    """A target from corners in pixels."""
+    boxes = xyxy_to_cxcywh(torch.tensor(boxes_xyxy, dtype=torch.float32).reshape(-1, 4) / side)
+    return Target(labels=torch.tensor(labels, dtype=torch.int64), boxes=boxes, size=(side, side), **more)
+
+
+def found(boxes_xyxy: list, labels: list, scores: list) -> dict:
+    """Detections from lists."""
+    return {
+        "boxes": torch.tensor(boxes_xyxy, dtype=torch.float32).reshape(-1, 4),
+        "labels": torch.tensor(labels, dtype=torch.int64),
+        "scores": torch.tensor(scores, dtype=torch.float32),
+    }
+
+
+def straight(targets: list, detections: list) -> np.ndarray:
+    """pycocotools' twelve figures, used as its documentation says: dicts of JSON, `loadRes`, `summarize`."""
+    annotations, results = [], []
+    for i, (truth, guess) in enumerate(zip(targets, detections, strict=True)):
+        height, width = truth["size"]
+        boxes = cxcywh_to_xyxy(truth["boxes"].double()) * torch.tensor([width, height, width, height])
+        crowd = truth.get("crowd", torch.zeros(len(boxes), dtype=torch.bool)).tolist()
+        for (x0, y0, x1, y1), label, c in zip(boxes.tolist(), truth["labels"].tolist(), crowd, strict=True):
+            annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": IDS[label], "iscrowd": int(c),
+                                "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)})
+        columns = (guess[key].tolist() for key in ("boxes", "labels", "scores"))
+        for (x0, y0, x1, y1), label, score in zip(*columns, strict=True):
+            box = [x0, y0, x1 - x0, y1 - y0]
+            results.append({"image_id": i, "category_id": IDS[label], "bbox": box, "score": score})
+    images = [{"id": i, "height": t["size"][0], "width": t["size"][1]} for i, t in enumerate(targets)]
+    content = {"images": images, "annotations": annotations, "categories": [{"id": i} for i in IDS], "info": {}}
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = json.loads(json.dumps(content))
+        truth.createIndex()
+        job = COCOeval(truth, truth.loadRes(results), "bbox")
+        job.evaluate()
+        job.accumulate()
+        job.summarize()
+    return job.stats
+
+
+def random_set(seed: int, images: int = 5, most: int = 8, crowd: bool = False, grid: int = 8) -> tuple[list, list]:
+    """Random images; boxes lie on a grid of a power of two, so that ties of IoU and of score occur and are exact."""
+    rng = np.random.default_rng(seed)
+    targets, detections = [], []
+    for _ in range(images):
+        t, n = rng.integers(0, 5), rng.integers(0, most + 1)
+        low = rng.integers(0, 5, (t + n, 2))
+        boxes = np.concatenate((low, low + rng.integers(1, 5, (t + n, 2))), 1) * grid
+        labels = rng.integers(0, 3, t + n)
+        extra = {"crowd": torch.from_numpy(rng.random(t) < 0.4)} if crowd else {}
+        targets.append(target(boxes[:t].tolist(), labels[:t].tolist(), 16 * grid, **extra))
+        detections.append(found(boxes[t:].tolist(), labels[t:].tolist(), (rng.integers(1, 6, n) / 8).tolist()))
+    boxes = [[0, 0, 16, 16]]
+    return [*targets, target(boxes, [0], 16 * grid)], [*detections, found(boxes, [0], [0.5])]
+
+
+seeds = st.integers(0, 100_000)
+
+
+@given(seeds, st.booleans())
+@settings(max_examples=40)
+def test_ap_from_scratch_equals_pycocotools(seed, crowd):
+    targets, detections = random_set(seed, crowd=crowd)
+    stats, table = straight(targets, detections), ap_table(targets, detections, 3)
+    for ours, official in ((table, stats[0]), (table[:1], stats[1]), (table[5:6], stats[2])):
+        assert np.nanmean(ours) == pytest.approx(official, abs=1e-9)
+
+
+@given(seeds, st.booleans())
+@settings(max_examples=25)
+def test_coco_evaluate_equals_pycocotools_with_its_sizes_and_limits(seed, crowd):
+    targets, detections = random_set(seed, most=14, crowd=crowd, grid=32)
+    stats, metrics = straight(targets, detections), coco_evaluate(targets, detections, NAMES, IDS)
+    names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100")
+    for name, official in zip(names, stats, strict=False):
+        assert metrics[name] == pytest.approx(official if official > -1 else math.nan, abs=1e-12, nan_ok=True)
+    table = ap_table(targets, detections, 3)
+    assert list(metrics["per_class"]) == NAMES
+    assert list(metrics["per_class"].values()) == pytest.approx(table.mean(0).tolist(), abs=1e-9, nan_ok=True)
+
+
+@given(seeds)
+def test_scores_matter_by_order_alone(seed):
+    targets, detections = random_set(seed)
+    squeezed = [{**d, "scores": d["scores"] ** 3 / 7} for d in detections]
+    close = np.testing.assert_allclose
+    close(ap_table(targets, squeezed, 3), ap_table(targets, detections, 3))
+
+
+@given(seeds)
+def test_figures_lie_between_0_and_1(seed):
+    targets, detections = random_set(seed, most=12)
+    metrics = coco_evaluate(targets, detections, NAMES, IDS)
+    values = [v for v in [*metrics.values(), *metrics["per_class"].values()] if not isinstance(v, dict)]
+    assert all(math.isnan(v) or 0 <= v <= 1 for v in values)
+
+
+@pytest.mark.parametrize(
+    ("overlap", "owner"),
+    [
+        ([[0.6, 0.7], [0.0, 0.6]], [1, -1]),  # greedy, not Hungarian
+        ([[0.5], [0.9]], [0, -1]),  # the score decides, not the overlap; exactly at the threshold counts
+        ([[0.6, 0.6]], [1]),  # of equal overlaps the last
+        ([[-1.0, 0.8], [0.9, 0.8]], [1, 0]),
+    ],
+)
+def test_matching_by_hand(overlap, owner):
+    assert match(np.array(overlap), np.array([0.5])).tolist() == [owner]
+
+
+@pytest.mark.parametrize(("detections", "targets"), [(0, 3), (3, 0), (0, 0)])
+def test_matching_nothing(detections, targets):
+    assert (match(np.zeros((detections, targets)), COCO_THRESHOLDS) == -1).all()
+
+
+def test_average_precision_by_hand():
+    precision, recall = precision_recall(np.array([True, False, True, False]), 4)
+    np.testing.assert_allclose(precision, [1, 1 / 2, 2 / 3, 1 / 2])
+    np.testing.assert_allclose(recall, [1 / 4, 1 / 4, 1 / 2, 1 / 2])
+    assert average_precision(precision, recall) == pytest.approx((26 * 1 + 25 * 2 / 3) / 101)
+    assert average_precision(precision, recall, points=11) == pytest.approx((3 * 1 + 3 * 2 / 3) / 11)
+
+
+def test_no_detections_at_all_is_zero_and_no_targets_is_nan():
+    truth, empty = target([[0, 0, 50, 50]], [0]), found([], [], [])
+    nothing = coco_evaluate([truth], [empty], NAMES, IDS)
+    assert nothing["AP"] == nothing["AR_100"] == nothing["per_class"]["cat"] == 0
+    assert math.isnan(nothing["AP_large"]) and math.isnan(nothing["per_class"]["dog"])
+    blank = coco_evaluate([target([], [])], [found([[0, 0, 9, 9]], [0], [0.9])], NAMES, IDS)
+    assert math.isnan(blank["AP"]) and math.isnan(blank["AP50"])
+    assert math.isnan(coco_evaluate([], [], NAMES, IDS)["AP"])
+
+
+def test_the_first_object_counts():
+    """pycocotools reads the object id 0 as "not matched"."""
+    truth = target([[0, 0, 50, 50]], [0])
+    assert coco_evaluate([truth], [found([[0, 0, 50, 50]], [0], [0.3])], NAMES, IDS)["AP"] == pytest.approx(1)
+
+
+def test_detections_in_a_crowd_are_neither_right_nor_wrong():
+    truth = target([[0, 0, 20, 20], [40, 0, 100, 100]], [0, 0], crowd=torch.tensor([False, True]))
+    guess = found([[45, 5, 60, 20], [70, 50, 90, 90], [0, 0, 20, 20]], [0, 0, 0], [0.9, 0.8, 0.7])
+    assert coco_evaluate([truth], [guess], NAMES, IDS)["AP"] == pytest.approx(1)
+    assert ap_table([truth], [guess], 1).tolist() == [[1.0]] * 10
+    assert error_breakdown([truth], [guess]) == {"correct": 1, **dict.fromkeys(ERRORS, 0)}
+    assert confusion_matrix([truth], [guess], 1).tolist() == [[1, 0], [0, 0]]
+    other = found([[45, 5, 60, 20], [0, 0, 20, 20]], [1, 0], [0.9, 0.8])  # a crowd of cats excuses no dog
+    assert error_breakdown([truth], [other])["background"] == 1
+
+
+def test_given_areas_decide_the_size():
+    thin = target([[0, 0, 90, 90]], [0], area=torch.tensor([500.0]))  # a thin thing in a large box
+    guess = found([[0, 0, 90, 90]], [0], [0.9])
+    metrics = coco_evaluate([thin], [guess], NAMES, IDS)
+    assert metrics["AP_small"] == pytest.approx(1) and math.isnan(metrics["AP_medium"])
+
+
+def test_results_are_in_raw_ids_and_corner_and_size():
+    rows = coco_results([found([], [], []), found([[10, 20, 40, 60]], [2], [0.5])], IDS, image_ids=[139, 285])
+    row = {"image_id": 285, "category_id": 90, "bbox": [10, 20, 30, 40], "score": 0.5}
+    assert json.loads(json.dumps(rows)) == [row]
+    assert coco_results([], IDS) == []
+
+
+def test_nothing_is_printed(capsys):
+    coco_evaluate(*random_set(0), NAMES, IDS)
+    assert capsys.readouterr().out == ""
+
+
+TRUTH = target([[0, 0, 20, 20], [50, 0, 90, 40]], [0, 1])
+BAD = [
+    (found([[0, 0, 20, 20]], [1], [0.9]), "class", 0),
+    (found([[8, 0, 28, 20]], [0], [0.9]), "localisation", 0),
+    (found([[8, 0, 28, 20]], [2], [0.9]), "both", 1),
+    (found([[0, 60, 20, 80]], [0], [0.9]), "background", 1),
+    (found([[0, 0, 20, 20], [1, 0, 20, 20]], [0, 0], [0.9, 0.8]), "duplicate", 0),
+]
+
+
+@pytest.mark.parametrize(("guess", "kind", "more_missed"), BAD)
+def test_kinds_of_errors_by_hand(guess, kind, more_missed):
+    """The dog is never found, so one object is missed in any case; the cat only where no detection is about it."""
+    expected = {"correct": int(kind == "duplicate"), **dict.fromkeys(ERRORS, 0), kind: 1, "missed": 1 + more_missed}
+    assert error_breakdown([TRUTH], [guess]) == expected
+    assert error_breakdown([TRUTH], [guess], min_score=0.95) == {"correct": 0, **dict.fromkeys(ERRORS, 0), "missed": 2}
+
+
+@pytest.mark.parametrize(("guess", "kind", "more_missed"), BAD)
+def test_gains_by_hand(guess, kind, more_missed):
+    """Mending makes the cat right where a detection is about it, and the dog where missed objects are found."""
+    gains = error_gains([TRUTH], [guess])
+    half = kind in ("class", "localisation")
+    assert gains == pytest.approx({**dict.fromkeys(ERRORS, 0.0), kind: 0.5 * half, "missed": 0.5 * (1 + more_missed)})
+
+
+def test_only_one_of_two_mended_detections_counts():
+    guess = found([[0, 0, 20, 20], [0, 0, 20, 20]], [1, 2], [0.9, 0.8])
+    assert error_breakdown([TRUTH], [guess])["class"] == 2
+    assert error_gains([TRUTH], [guess])["class"] == pytest.approx(0.5)
+    taken = found([[0, 0, 20, 20], [0, 0, 20, 20]], [0, 1], [0.9, 0.95])  # the cat is found; the false dog goes
+    assert error_gains([TRUTH], [taken])["class"] == pytest.approx(0)
+
+
+@given(seeds)
+def test_breakdown_accounts_for_everything(seed):
+    targets, detections = random_set(seed)
+    counts = error_breakdown(targets, detections, min_score=0)
+    assert sum(counts.values()) - counts["missed"] == sum(len(d["scores"]) for d in detections)
+    table = ap_table(targets, detections, 3, np.array([0.5]))
+    assert all(gain >= -1e-9 for gain in error_gains(targets, detections).values())
+    assert counts["correct"] > 0 or np.nanmean(table) == 0
+    matrix = confusion_matrix(targets, detections, 3, min_score=0)
+    assert matrix[:-1].sum() == sum(len(t["labels"]) for t in targets)
+    assert matrix[:, :-1].sum() == sum(len(d["scores"]) for d in detections)
+
+
+def test_confusion_by_hand():
+    boxes = [[0, 0, 20, 20], [51, 0, 90, 40], [0, 60, 20, 80], [60, 60, 80, 80]]
+    guess = found(boxes, [2, 1, 0, 0], [0.9, 0.8, 0.7, 0.2])
+    assert confusion_matrix([TRUTH], [guess], 3).tolist() == [[0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
+
+
+def test_pr_curve_spans_images_and_needs_a_target():
+    targets = [target([[0, 0, 20, 20]], [0]), target([[0, 0, 20, 20]], [0])]
+    guesses = [found([[50, 50, 70, 70], [0, 0, 20, 20]], [0, 0], [0.6, 0.5]), found([[0, 0, 20, 20]], [0], [0.9])]
+    precision, recall, scores = pr_curve(targets, guesses, 0)
+    np.testing.assert_allclose(precision, [1, 1 / 2, 2 / 3])
+    np.testing.assert_allclose(recall, [1 / 2, 1 / 2, 1])
+    np.testing.assert_allclose(scores, [0.9, 0.6, 0.5], rtol=1e-6)
+    with pytest.raises(ValueError, match="no target has the label 1"):
+        pr_curve(targets, guesses, 1)
+
+
+class Scripted(nn.Module):
+    """Gives prepared predictions, image after image, and notes how it was called."""
+
+    def __init__(self, boxes: torch.Tensor, labels: torch.Tensor, classes: int):
+        super().__init__()
+        self.weight, self.dropout = nn.Parameter(torch.zeros(())), nn.Dropout()
+        self.boxes, self.labels, self.classes, self.place, self.calls = boxes, labels, classes, 0, []
+
+    def forward(self, images, pad):
+        self.calls.append((len(images), self.training, torch.is_grad_enabled(), images.mean().item()))
+        part = slice(self.place, self.place + len(images))
+        self.place += len(images)
+        logits = 9.0 * torch.nn.functional.one_hot(self.labels[part], self.classes + 1).float()
+        return Output(logits[None, :, None], self.boxes[None, part, None])
+
+
+def wide_dataset(count: int = 5) -> MemoryDataset:
+    """Images of 40 rows and 80 columns with one object each."""
+    g = torch.Generator().manual_seed(0)
+    boxes = 0.2 + 0.3 * torch.rand(count, 1, 4, generator=g)
+    targets = [
+        Target(labels=torch.tensor([i % 3]), boxes=box, size=(40, 80), image_id=100 + i) for i, box in enumerate(boxes)
+    ]
+    return MemoryDataset(torch.full((count, 3, 40, 80), 124, dtype=torch.uint8), targets, NAMES, IDS)
+
+
+def perfect(dataset: MemoryDataset) -> Scripted:
+    """A model that knows the dataset."""
+    boxes, labels = (torch.cat([t[key] for t in dataset.targets]) for key in ("boxes", "labels"))
+    return Scripted(boxes, labels, 3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_a_perfect_model_has_ap_1(batch_size):
+    data = wide_dataset()
+    metrics = evaluate(perfect(data), data, batch_size=batch_size)
+    assert [metrics["AP"], metrics["AR_100"], *metrics["per_class"].values()] == pytest.approx([1] * 5)
+
+
+def test_predictions_are_in_pixels_and_name_their_image():
+    data = wide_dataset()
+    rows = predict(perfect(data), data, batch_size=2)
+    assert [row["image_id"] for row in rows] == [100, 101, 102, 103, 104]
+    for row, truth in zip(rows, data.targets, strict=True):
+        torch.testing.assert_close(row["boxes"], cxcywh_to_xyxy(truth["boxes"]) * torch.tensor([80, 40, 80, 40]))
+        assert row["labels"].tolist() == truth["labels"].tolist()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_runs_in_evaluation_mode_and_keeps_its_own(training):
+    data = wide_dataset()
+    model = perfect(data).train(training)
+    evaluate(model, data, batch_size=2)
+    assert [count for count, *_ in model.calls] == [2, 2, 1]
+    assert not any(was_training or grad for _, was_training, grad, _ in model.calls)
+    assert all(abs(mean) < 0.5 for *_, mean in model.calls), "images were not normalised"
+    assert model.training == model.dropout.training == training
+
+
+def test_mode_comes_back_after_an_error():
+    model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2)).train()
+    model[1].eval()
+    with pytest.raises(RuntimeError, match="on purpose"), evaluation_mode(model):
+        raise RuntimeError("on purpose")
+    assert model.training and model[0].training and not model[1].training
+
+
+def test_sizes_come_from_the_image_if_the_target_has_none():
+    data = wide_dataset()
+    data.targets = [Target(labels=t["labels"], boxes=t["boxes"]) for t in data.targets]
+    assert evaluate(perfect(data), data)["AP"] == pytest.approx(1)
+    with pytest.raises(ValueError, match="has no size"):
+        coco_evaluate(data.targets[:1], [found([], [], [])], NAMES, IDS)
+
+
+def test_a_model_with_raw_ids_is_translated():
+    data = wide_dataset()
+    raw = torch.tensor(IDS)[torch.cat([t["labels"] for t in data.targets])]
+    model = Scripted(torch.cat([t["boxes"] for t in data.targets]), raw, 91)
+    with pytest.raises(ValueError, match="labels go from .* map raw category ids"):
+        evaluate(model, data)
+    model.place, model.category_ids = 0, list(range(91))
+    assert evaluate(model, data)["AP"] == pytest.approx(1)
+
+
+def test_relabel_drops_what_the_dataset_does_not_know():
+    guess = found([[0, 0, 1, 1]] * 3, [0, 1, 2], [0.9, 0.8, 0.7])
+    kept = relabel(guess, source=[5, 6, 7], goal=[7, 5])
+    assert kept["labels"].tolist() == [1, 0] and kept["scores"].tolist() == pytest.approx([0.9, 0.7])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"image_id": 3}, "keep one order"),
+        ({"labels": torch.tensor([3])}, "detection labels go from 3 to 3"),
+        ({"labels": torch.tensor([-1])}, "map raw category ids"),
+        ({"scores": torch.tensor([math.nan])}, "not finite"),
+        ({"boxes": torch.tensor([[0, 0, math.inf, 1]])}, "not finite"),
+    ],
+)
+def test_mismatches_are_named(change, words):
+    truth, guess = {**target([[0, 0, 9, 9]], [0]), "image_id": 8}, found([[0, 0, 9, 9]], [0], [0.5])
+    with pytest.raises(ValueError, match=words):
+        coco_evaluate([truth], [{**guess, **change}], NAMES, IDS)
+
+
+def test_lengths_and_target_labels_are_checked():
+    truth, guess = target([[0, 0, 9, 9]], [0]), found([[0, 0, 9, 9]], [0], [0.5])
+    with pytest.raises(ValueError, match="2 targets and 1 detections"):
+        coco_evaluate([truth, truth], [guess], NAMES, IDS)
+    with pytest.raises(ValueError, match="target labels go from 7 to 7"):
+        coco_evaluate([target([[0, 0, 9, 9]], [7])], [guess], NAMES, IDS)
+
+
+@pytest.mark.slow
+def test_conversion_costs_little_beside_pycocotools():
+    g = torch.Generator().manual_seed(0)
+    targets, detections = [], []
+    for _ in range(1000):
+        boxes = 0.2 + 0.4 * torch.rand(6, 4, generator=g)
+        targets.append(Target(labels=torch.randint(3, (6,), generator=g), boxes=boxes, size=(480, 640)))
+        near = cxcywh_to_xyxy(boxes.repeat(17, 1)[:100] + 0.03 * torch.randn(100, 4, generator=g)) * 600
+        guess = {"labels": torch.randint(3, (100,), generator=g), "scores": torch.rand(100, generator=g), "boxes": near}
+        detections.append(guess)
+    times = []
+    for work in (lambda: coco_evaluate(targets, detections, NAMES, IDS), lambda: straight(targets, detections)):
+        start = time.process_time()
+        work()
+        times.append(time.process_time() - start)
+    assert times[0] < 1.3 * times[1], times
