@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BasicBlock', 'TinyBackbone', 'append_coordinates', 'imagenet_weights', 'resnet_body', 'ResNet', 'parameter_groups']
 
-# %% ../nbs/06_backbone.ipynb #ff9972a6
+# %% ../nbs/06_backbone.ipynb #b8040de7
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from .notation import Number
 
-# %% ../nbs/06_backbone.ipynb #2a3c6397
+# %% ../nbs/06_backbone.ipynb #e97197b7
 class BasicBlock(nn.Module):
     """Two 3 x 3 convolutions beside a short cut.
 
@@ -44,7 +44,7 @@ class BasicBlock(nn.Module):
         convolved = self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))
         return (convolved + self.short(x)).relu()
 
-# %% ../nbs/06_backbone.ipynb #5e604fea
+# %% ../nbs/06_backbone.ipynb #a05df70e
 class TinyBackbone(nn.Module):
     """A residual net for small pictures and small computers: stride 4 at once, then one block a stage.
 
@@ -76,7 +76,7 @@ class TinyBackbone(nn.Module):
             features.append(x)
         return features
 
-# %% ../nbs/06_backbone.ipynb #a546120b
+# %% ../nbs/06_backbone.ipynb #6a1ad04f
 def append_coordinates(images: Float[Tensor, "b 3 y x"]) -> Float[Tensor, "b 5 y x"]:
     """Append two channels that hold the row and the column of each pixel, from -1 to 1 over the batch's frame.
 
@@ -91,7 +91,7 @@ def append_coordinates(images: Float[Tensor, "b 3 y x"]) -> Float[Tensor, "b 5 y
     columns = torch.linspace(-1, 1, x, device=images.device, dtype=images.dtype).expand(b, 1, y, x)
     return torch.cat((images, rows, columns), 1)
 
-# %% ../nbs/06_backbone.ipynb #04630fa9
+# %% ../nbs/06_backbone.ipynb #b178b818
 def imagenet_weights(name: str) -> dict[str, Tensor]:
     """Load the ImageNet weights that DETR starts from (torchvision's first version), without the classifier.
 
@@ -115,7 +115,7 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
         ) from error
     return {key: value for key, value in state.items() if not key.startswith("fc.")}
 
-# %% ../nbs/06_backbone.ipynb #468eff7f
+# %% ../nbs/06_backbone.ipynb #9b2bcb39
 def resnet_body(name: str, dilation: bool = False) -> nn.Module:
     """Build a torchvision ResNet with frozen batch norm and without its classifier, with random weights.
 
@@ -138,7 +138,7 @@ def resnet_body(name: str, dilation: bool = False) -> nn.Module:
     del net.fc, net.avgpool
     return net
 
-# %% ../nbs/06_backbone.ipynb #40a3cba1
+# %% ../nbs/06_backbone.ipynb #7c0448a3
 class ResNet(nn.Module):
     """A torchvision ResNet up to its last stage, with frozen batch norm, as DETR uses it.
 
@@ -182,7 +182,7 @@ class ResNet(nn.Module):
             features.append(x)
         return features
 
-# %% ../nbs/06_backbone.ipynb #2929c828
+# %% ../nbs/06_backbone.ipynb #6d0733c8
 def parameter_groups(model: nn.Module, lr: Number, lr_backbone: Number) -> list[dict]:
     """Sort the parameters that learn into two groups with a learning rate each, for a torch optimiser.
 

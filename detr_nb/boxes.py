@@ -73,7 +73,7 @@ def intersection_and_union(
     shared = size[..., 0] * size[..., 1]
     return shared, box_area(a_xyxy) + box_area(b_xyxy) - shared
 
-# %% ../nbs/03_boxes.ipynb #cell-036
+# %% ../nbs/03_boxes.ipynb #cell-035
 SMALLEST_AREA = 1e-12  # keeps 0 / 0 finite; a box with sides of a millionth of its image still counts exactly
 
 def share(part: Float[Tensor, "*n"], whole: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
@@ -92,7 +92,7 @@ def iou(a_xyxy: Float[Tensor, "*#n 4"], b_xyxy: Float[Tensor, "*#n 4"]) -> Float
     """
     return share(*intersection_and_union(a_xyxy, b_xyxy))
 
-# %% ../nbs/03_boxes.ipynb #cell-043
+# %% ../nbs/03_boxes.ipynb #cell-042
 def pairwise_iou(a_xyxy: Float[Tensor, "*#n q 4"], b_xyxy: Float[Tensor, "*#n t 4"]) -> Float[Tensor, "*n q t"]:
     """IoU of every box of the first set with every box of the second.
 
@@ -105,7 +105,7 @@ def pairwise_iou(a_xyxy: Float[Tensor, "*#n q 4"], b_xyxy: Float[Tensor, "*#n t 
     """
     return iou(a_xyxy[..., :, None, :], b_xyxy[..., None, :, :])  # q 1 4, 1 t 4 -> q t
 
-# %% ../nbs/03_boxes.ipynb #cell-062
+# %% ../nbs/03_boxes.ipynb #cell-061
 def hull_area(a_xyxy: Float[Tensor, "*#n 4"], b_xyxy: Float[Tensor, "*#n 4"]) -> Float[Tensor, "*n"]:
     """Area of the smallest box around both boxes, in step (shapes broadcast)."""
     low = torch.minimum(a_xyxy[..., :2], b_xyxy[..., :2])

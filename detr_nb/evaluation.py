@@ -10,7 +10,7 @@ __all__ = ['COCO_THRESHOLDS', 'Detections', 'Detect', 'Collate', 'ERRORS', 'prec
            'detect', 'predict_with_truth', 'predict', 'evaluate', 'pr_curve', 'confusion_matrix', 'sort_errors',
            'ErrorTable', 'error_table', 'error_breakdown', 'mend', 'table_ap', 'error_gains']
 
-# %% ../nbs/11_evaluation.ipynb #cdd30cbf
+# %% ../nbs/11_evaluation.ipynb #df64019c
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -28,7 +28,7 @@ from .data import Batch, collate
 from .model import postprocess
 from .notation import Number, Target
 
-# %% ../nbs/11_evaluation.ipynb #c65bb73e
+# %% ../nbs/11_evaluation.ipynb #086287c3
 def precision_recall(
     correct: Bool[np.ndarray, " n"], count: int
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
@@ -41,7 +41,7 @@ def precision_recall(
     hits = correct.cumsum()
     return hits / np.arange(1, len(correct) + 1), hits / count
 
-# %% ../nbs/11_evaluation.ipynb #ae10312a
+# %% ../nbs/11_evaluation.ipynb #afa45eed
 def average_precision(
     precision: Float[np.ndarray, " n"], recall: Float[np.ndarray, " n"], points: int = 101
 ) -> float:
@@ -56,7 +56,7 @@ def average_precision(
     place = np.searchsorted(recall, np.linspace(0, 1, points))
     return float(np.append(best_from_here, 0.0)[place].mean())
 
-# %% ../nbs/11_evaluation.ipynb #360575b2
+# %% ../nbs/11_evaluation.ipynb #72e6afbf
 COCO_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 
 def match(overlap: Float[np.ndarray, "n t"], thresholds: Float[np.ndarray, " k"]) -> Int[np.ndarray, "k n"]:
@@ -80,7 +80,7 @@ def match(overlap: Float[np.ndarray, "n t"], thresholds: Float[np.ndarray, " k"]
         free[every[hit], owner[hit, n]] = False
     return owner
 
-# %% ../nbs/11_evaluation.ipynb #4a0813c1
+# %% ../nbs/11_evaluation.ipynb #5731fcd4
 Detections = dict[str, Tensor | int]
 
 def image_size(target: Target) -> tuple[int, int]:
@@ -98,7 +98,7 @@ def boxes_in_pixels(target: Target) -> Float[Tensor, "t 4"]:
     """Corners of the target's boxes, in double precision so that equal inputs give equal IoU everywhere."""
     return scale_boxes(cxcywh_to_xyxy(target["boxes"].double()), *image_size(target))
 
-# %% ../nbs/11_evaluation.ipynb #72bf637d
+# %% ../nbs/11_evaluation.ipynb #64b5053c
 class Compared(NamedTuple):
     """One image's detections beside its targets.
 
@@ -138,7 +138,7 @@ def compare(target: Target, found: Detections) -> Compared:
     parts = found["scores"][order].double(), labels, target["labels"][~crowd], overlap, in_crowd
     return Compared(*(part.numpy() for part in parts))
 
-# %% ../nbs/11_evaluation.ipynb #fe4af67b
+# %% ../nbs/11_evaluation.ipynb #c404e4ec
 class Judged(NamedTuple):
     """All detections of a dataset, falling by score, each found right or wrong at every threshold.
 
@@ -176,7 +176,7 @@ def judge(
     order = np.argsort(-scores, kind="stable")
     return Judged(scores[order], labels[order], correct[:, order], counted[:, order], truth)
 
-# %% ../nbs/11_evaluation.ipynb #0df4a28a
+# %% ../nbs/11_evaluation.ipynb #ec243c1f
 def ap_table(
     targets: Sequence[Target],
     detections: Sequence[Detections],
@@ -200,7 +200,7 @@ def ap_table(
             table[k, c] = average_precision(*precision_recall(judged.correct[k, chosen], count))
     return table
 
-# %% ../nbs/11_evaluation.ipynb #41e24001
+# %% ../nbs/11_evaluation.ipynb #64559203
 def coco_annotations(targets: Sequence[Target], category_ids: Sequence[int]) -> list[dict]:
     """The truth as COCO annotations; images are numbered by their place, objects from 1 (0 would read as unmatched)."""
     rows = []
@@ -214,7 +214,7 @@ def coco_annotations(targets: Sequence[Target], category_ids: Sequence[int]) -> 
         for i, (image, box, label, area, crowd) in enumerate(rows, 1)
     ]
 
-# %% ../nbs/11_evaluation.ipynb #7b55561e
+# %% ../nbs/11_evaluation.ipynb #53b8ea69
 def coco_results(
     detections: Sequence[Detections], category_ids: Sequence[int], image_ids: Sequence[int] | None = None
 ) -> list[dict]:
@@ -234,7 +234,7 @@ def coco_results(
     columns = (image.tolist(), xyxy_to_xywh(boxes.double()).tolist(), scores.tolist(), category.tolist())
     return [{"image_id": i, "bbox": b, "score": s, "category_id": c} for i, b, s, c in zip(*columns, strict=True)]
 
-# %% ../nbs/11_evaluation.ipynb #23da1ff7
+# %% ../nbs/11_evaluation.ipynb #d25e9bf0
 def coco_index(images: list[dict], annotations: list[dict], categories: list[dict]) -> COCO:
     """A pycocotools dataset held in memory."""
     coco = COCO()
@@ -258,7 +258,7 @@ def run_pycocotools(
         job.accumulate()
     return job
 
-# %% ../nbs/11_evaluation.ipynb #33bfbd6c
+# %% ../nbs/11_evaluation.ipynb #de8c6d18
 def mean_of_present(values: Float[np.ndarray, "..."]) -> float:
     """Mean of the entries that exist; pycocotools marks the others by -1. NaN if there are none."""
     return float(values[values > -1].mean()) if (values > -1).any() else float("nan")
@@ -278,7 +278,7 @@ def summary_of(job: COCOeval, names: Sequence[str], category_ids: Sequence[int])
         "per_class": {n: mean_of_present(everything[..., column[i]]) for n, i in zip(names, category_ids, strict=True)},
     }
 
-# %% ../nbs/11_evaluation.ipynb #cdfa62a8
+# %% ../nbs/11_evaluation.ipynb #b80678d8
 def check_labels(image: object, kind: str, labels: Int[Tensor, " n"], classes: int) -> None:
     """Refuse labels that are no contiguous ids.
 
@@ -307,7 +307,7 @@ def check_pairs(targets: Sequence[Target], detections: Sequence[Detections], cla
         check_labels(image, "target", target["labels"], classes)
         check_labels(image, "detection", found["labels"], classes)
 
-# %% ../nbs/11_evaluation.ipynb #25a5b5b3
+# %% ../nbs/11_evaluation.ipynb #097d0b35
 def on_cpu(row: dict) -> dict:
     """The same detections, or the same target, with all tensors on the CPU."""
     return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in row.items()}
@@ -334,7 +334,7 @@ def coco_evaluate(
     check_pairs(targets, detections, len(names))
     return summary_of(run_pycocotools(targets, detections, names, category_ids), names, category_ids)
 
-# %% ../nbs/11_evaluation.ipynb #089e3773
+# %% ../nbs/11_evaluation.ipynb #8b3659ca
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Switch to evaluation mode, and give every module its own mode back afterwards."""
@@ -346,7 +346,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         for module in training:
             module.training = True
 
-# %% ../nbs/11_evaluation.ipynb #9681190a
+# %% ../nbs/11_evaluation.ipynb #3014e89c
 def relabel(found: Detections, source: Sequence[int], goal: Sequence[int]) -> Detections:
     """Translate labels from one table of raw ids to another; classes that `goal` lacks are dropped.
 
@@ -360,7 +360,7 @@ def relabel(found: Detections, source: Sequence[int], goal: Sequence[int]) -> De
     keep = labels >= 0
     return {"scores": found["scores"][keep], "labels": labels[keep], "boxes": found["boxes"][keep]}
 
-# %% ../nbs/11_evaluation.ipynb #13a761ce
+# %% ../nbs/11_evaluation.ipynb #15ddef63
 Detect = Callable[..., list[dict[str, Tensor]]]
 Collate = Callable[[Sequence], Batch]
 
@@ -385,7 +385,7 @@ def predict_with_truth(
             row = row if source is None else relabel(row, source, dataset.category_ids)
             yield target, {**row, "image_id": target.get("image_id", place)}
 
-# %% ../nbs/11_evaluation.ipynb #96064a4f
+# %% ../nbs/11_evaluation.ipynb #17fb411f
 def predict(
     model: nn.Module,
     dataset: object,
@@ -431,7 +431,7 @@ def evaluate(
     targets, detections = [target for target, _ in pairs], [found for _, found in pairs]
     return coco_evaluate(targets, detections, dataset.names, dataset.category_ids)
 
-# %% ../nbs/11_evaluation.ipynb #bd62df30
+# %% ../nbs/11_evaluation.ipynb #46dc1436
 def pr_curve(
     targets: Sequence[Target], detections: Sequence[Detections], label: int, threshold: Number = 0.5
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
@@ -452,7 +452,7 @@ def pr_curve(
     chosen = (judged.labels == label) & judged.counted[0]
     return *precision_recall(judged.correct[0, chosen], count), judged.scores[chosen]
 
-# %% ../nbs/11_evaluation.ipynb #ca273d67
+# %% ../nbs/11_evaluation.ipynb #220b5d0a
 def confusion_matrix(
     targets: Sequence[Target],
     detections: Sequence[Detections],
@@ -482,7 +482,7 @@ def confusion_matrix(
         np.add.at(matrix, (np.delete(seen.truth, owner[hit]), classes), 1)
     return matrix
 
-# %% ../nbs/11_evaluation.ipynb #070fc09b
+# %% ../nbs/11_evaluation.ipynb #d461ba24
 ERRORS = ("class", "localisation", "both", "duplicate", "background", "missed")
 
 def sort_errors(
@@ -507,7 +507,7 @@ def sort_errors(
     about = [kind == "correct", kind == "class", kind == "localisation"]
     return kind, np.select(about, [owner, other.argmax(1), own.argmax(1)], -1)
 
-# %% ../nbs/11_evaluation.ipynb #c5819dbe
+# %% ../nbs/11_evaluation.ipynb #671d32aa
 class ErrorTable(NamedTuple):
     """All detections of a dataset with their kinds, falling by score.
 
@@ -547,7 +547,7 @@ def error_table(
     order = order[kind[order] != "ignored"]
     return ErrorTable(labels[order], kind[order], about[order], truth)
 
-# %% ../nbs/11_evaluation.ipynb #a933bd89
+# %% ../nbs/11_evaluation.ipynb #a536b5f1
 def error_breakdown(
     targets: Sequence[Target],
     detections: Sequence[Detections],
@@ -573,7 +573,7 @@ def error_breakdown(
     counts = {kind: int((table.kind == kind).sum()) for kind in ("correct", *ERRORS)}
     return {**counts, "missed": len(table.missed())}
 
-# %% ../nbs/11_evaluation.ipynb #d5f64b0d
+# %% ../nbs/11_evaluation.ipynb #321fb54a
 def mend(table: ErrorTable, kind: str) -> ErrorTable:
     """The detections as they would be without errors of one kind."""
     if kind == "missed":

@@ -6,7 +6,7 @@
 __all__ = ['MatchedPairs', 'stack_matches', 'target_classes', 'classification_loss', 'box_losses', 'class_error',
            'cardinality_error', 'named', 'set_losses', 'SetCriterion']
 
-# %% ../nbs/10_losses.ipynb #2b763d54
+# %% ../nbs/10_losses.ipynb #e9261028
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from .boxes import cxcywh_to_xyxy, giou
 from .matcher import HungarianMatcher, Matches, PaddedTargets, pad_targets
 from .notation import Number, Output, Target
 
-# %% ../nbs/10_losses.ipynb #257005a2
+# %% ../nbs/10_losses.ipynb #284e84f2
 class MatchedPairs(NamedTuple):
     """All matches of all layers as index lists; every layer has the same number of pairs.
 
@@ -44,7 +44,7 @@ def stack_matches(matches: Matches, device: torch.device) -> MatchedPairs:
     table = torch.cat(rows, 1).unflatten(1, (len(matches), -1))  # 4 i m
     return MatchedPairs(*table.to(device, non_blocking=True))
 
-# %% ../nbs/10_losses.ipynb #108c62ce
+# %% ../nbs/10_losses.ipynb #e9a79f7d
 def target_classes(
     pairs: MatchedPairs, targets: PaddedTargets, logits: Float[Tensor, "i b q c"]
 ) -> Int[Tensor, "i b q"]:
@@ -53,7 +53,7 @@ def target_classes(
     classes[pairs.layer, pairs.image, pairs.query] = targets.labels[pairs.image, pairs.target]
     return classes
 
-# %% ../nbs/10_losses.ipynb #e46b7719
+# %% ../nbs/10_losses.ipynb #6ab71139
 def classification_loss(
     logits: Float[Tensor, "i b q c"], classes: Int[Tensor, "i b q"], no_object_weight: Number
 ) -> Float[Tensor, " i"]:
@@ -64,13 +64,13 @@ def classification_loss(
         classes: the class every query should predict.
         no_object_weight: weight of queries that should predict no-object; all others weigh 1.
 
-    Source: Carion et al. 2020, section 4.
+    Source: Carion et al. 2020, section 3.1.
     """
     log_probability = logits.float().log_softmax(-1).gather(-1, classes[..., None])[..., 0]
     weight = torch.where(classes == logits.shape[-1] - 1, no_object_weight, 1.0)
     return -(weight * log_probability).sum((1, 2)) / weight.sum((1, 2))
 
-# %% ../nbs/10_losses.ipynb #6b7402dc
+# %% ../nbs/10_losses.ipynb #c90a0860
 def box_losses(
     boxes: Float[Tensor, "i m 4"], truth: Float[Tensor, "i m 4"], num_boxes: Number
 ) -> tuple[Float[Tensor, " i"], Float[Tensor, " i"]]:
@@ -88,27 +88,27 @@ def box_losses(
     overlap = (1 - giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truth))).sum(1)
     return l1 / num_boxes, overlap / num_boxes
 
-# %% ../nbs/10_losses.ipynb #6fedbadd
+# %% ../nbs/10_losses.ipynb #1b9cc708
 @torch.no_grad()
 def class_error(logits: Float[Tensor, "m c"], labels: Int[Tensor, " m"]) -> Float[Tensor, ""]:
     """Per cent of matched queries whose most likely class is wrong; 100 if nothing is matched."""
     right = (logits.argmax(-1) == labels).float().sum()
     return 100 - 100 * right / max(len(labels), 1)
 
-# %% ../nbs/10_losses.ipynb #63d9989b
+# %% ../nbs/10_losses.ipynb #4f5090bd
 @torch.no_grad()
 def cardinality_error(logits: Float[Tensor, "i b q c"], counts: Sequence[int]) -> Float[Tensor, " i"]:
     """Mean difference, over images, between the number of queries that claim an object and the number of objects."""
     claimed = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)
     return (claimed - torch.tensor(counts, device=logits.device)).abs().float().mean(1)
 
-# %% ../nbs/10_losses.ipynb #9dcda797
+# %% ../nbs/10_losses.ipynb #1cf0feed
 def named(name: str, values: Float[Tensor, " i"]) -> dict[str, Tensor]:
     """The official names of a loss at every layer: plain for the last, `_0`, `_1`, ... for the earlier ones."""
     last = len(values) - 1
     return {name if i == last else f"{name}_{i}": value for i, value in enumerate(values.unbind())}
 
-# %% ../nbs/10_losses.ipynb #bb0d891c
+# %% ../nbs/10_losses.ipynb #910ba3b3
 def set_losses(
     out: Output, targets: PaddedTargets, matches: Matches, no_object_weight: Number = 0.1
 ) -> dict[str, Tensor]:
@@ -137,7 +137,7 @@ def set_losses(
         "class_error": class_error(out.logits[matched][-1], classes[matched][-1]),
     }
 
-# %% ../nbs/10_losses.ipynb #ec205845
+# %% ../nbs/10_losses.ipynb #c188cafc
 class SetCriterion(nn.Module):
     """DETR's loss: match, then judge class and box of every query at every layer.
 

@@ -9,7 +9,7 @@ __all__ = ['EASY', 'DEFAULT', 'HARD', 'Contour', 'SHAPES', 'NAMES', 'SceneConfig
            'Scenes', 'count_workers', 'draw_scenes', 'drawing_source', 'series_key', 'pack_targets', 'unpack_targets',
            'write_cache', 'render_scenes', 'coco_segmentation', 'coco_objects', 'check_coco', 'coco_json', 'write_coco']
 
-# %% ../nbs/04_shapes.ipynb #c16613b7
+# %% ../nbs/04_shapes.ipynb #9fc322fe
 import ast
 import hashlib
 import inspect
@@ -37,7 +37,7 @@ from torch.utils.data import Dataset
 from .boxes import cxcywh_to_xyxy, scale_boxes, xyxy_to_cxcywh, xyxy_to_xywh
 from .notation import Number, Target
 
-# %% ../nbs/04_shapes.ipynb #fdef5df3
+# %% ../nbs/04_shapes.ipynb #30d42b48
 @dataclass(frozen=True)
 class SceneConfig:
     """What scenes look like; every length is a share of the image side, every colour a share of full brightness.
@@ -68,7 +68,7 @@ class SceneConfig:
     noise: Number = 0.03
     stripes: Number = 0.05
 
-# %% ../nbs/04_shapes.ipynb #c3a587b0
+
 EASY = SceneConfig(
     classes=3, max_objects=6, min_side=0.12, max_side=0.45, max_overlap=0.15, clutter=0, contrast=0.4
 )
@@ -78,7 +78,7 @@ HARD = SceneConfig(
     clutter=20, contrast=0.12, noise=0.12, stripes=0.12,
 )
 
-# %% ../nbs/04_shapes.ipynb #5bb5a49c
+# %% ../nbs/04_shapes.ipynb #805c7eb6
 Contour = Float[np.ndarray, "n 2"]
 
 
@@ -93,7 +93,7 @@ def regular(points: int, radii: tuple[float, ...] = (1.0,)) -> Contour:
     radius = np.resize(radii, points)
     return np.stack((radius * np.sin(angle), radius * np.cos(angle)), 1)
 
-# %% ../nbs/04_shapes.ipynb #483c5597
+# %% ../nbs/04_shapes.ipynb #55a0b07a
 def cross_contour(arm: float = 0.34) -> Contour:
     """A plus sign whose arms are `arm` of the half side wide."""
     corner = np.array([[arm, 1], [arm, arm], [1, arm]])
@@ -106,7 +106,7 @@ def moon_contour() -> Contour:
     angle = np.linspace(0, math.pi, 24)
     return np.stack((np.cos(angle), np.sin(angle)), 1)
 
-# %% ../nbs/04_shapes.ipynb #771dd428
+
 SHAPES: dict[str, list[Contour]] = {
     "circle": [regular(48)],
     "square": [regular(4)],
@@ -119,7 +119,7 @@ SHAPES: dict[str, list[Contour]] = {
 }
 NAMES = tuple(SHAPES)
 
-# %% ../nbs/04_shapes.ipynb #4186c758
+# %% ../nbs/04_shapes.ipynb #ab8f7b8a
 class Thing(NamedTuple):
     """One object before it is drawn: its class, its outline in pixels (outer, then holes), and its box."""
 
@@ -127,7 +127,7 @@ class Thing(NamedTuple):
     contours: list[Contour]
     box_xyxy: tuple[float, float, float, float]
 
-# %% ../nbs/04_shapes.ipynb #83bf98bf
+# %% ../nbs/04_shapes.ipynb #b9bc15cd
 def propose(rng: np.random.Generator, config: SceneConfig) -> Thing:
     """Draw class, turn, size and place of one object that lies inside the image.
 
@@ -146,7 +146,7 @@ def propose(rng: np.random.Generator, config: SceneConfig) -> Thing:
     moved = [(c - low) * scale + corner for c in contours]
     return Thing(label, moved, (*corner.tolist(), *(corner + extent).tolist()))
 
-# %% ../nbs/04_shapes.ipynb #634552cb
+# %% ../nbs/04_shapes.ipynb #19635441
 def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     """IoU of two boxes given by corners, in plain numbers.
 
@@ -161,7 +161,7 @@ def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     shared = width * height
     return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
 
-# %% ../nbs/04_shapes.ipynb #f01d11ab
+# %% ../nbs/04_shapes.ipynb #096039b5
 def place(rng: np.random.Generator, config: SceneConfig, tries: int = 30) -> list[Thing]:
     """Propose objects and keep those that overlap no kept one too much.
 
@@ -182,7 +182,7 @@ def place(rng: np.random.Generator, config: SceneConfig, tries: int = 30) -> lis
                 break
     return sorted(things, key=lambda t: (t.box_xyxy[0] - t.box_xyxy[2]) * (t.box_xyxy[3] - t.box_xyxy[1]))
 
-# %% ../nbs/04_shapes.ipynb #edb5b41b
+# %% ../nbs/04_shapes.ipynb #f9eda7a0
 def smooth_field(rng: np.random.Generator, size: int, cells: int, channels: int = 3) -> Float[np.ndarray, "y x c"]:
     """A random field in [0, 1] that varies smoothly.
 
@@ -196,14 +196,14 @@ def smooth_field(rng: np.random.Generator, size: int, cells: int, channels: int 
     fine = Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(fine, np.float32).reshape(size, size, channels) / 255
 
-# %% ../nbs/04_shapes.ipynb #2d4a766b
+
 def background(rng: np.random.Generator, config: SceneConfig) -> Float[np.ndarray, "y x 3"]:
     """A base colour with hills of a random width and strength."""
     field = smooth_field(rng, config.size, int(rng.integers(2, 9)))
     strength = rng.uniform(0.1, 0.6)
     return (1 - strength) * rng.random(3, dtype=np.float32) + strength * field
 
-# %% ../nbs/04_shapes.ipynb #e932e889
+# %% ../nbs/04_shapes.ipynb #aa5f458e
 def coverage(contours: list[Contour], x0: int, y0: int, x1: int, y1: int, fine: int = 4) -> Float[np.ndarray, "y x"]:
     """Share of each pixel of a window that lies inside the outer contour and outside the hole.
 
@@ -224,7 +224,7 @@ def coverage(contours: list[Contour], x0: int, y0: int, x1: int, y1: int, fine: 
         draw.polygon(((contour - (x0, y0)) * fine - 0.5).ravel().tolist(), fill=fill)
     return np.asarray(canvas.reduce(fine), np.float32) / 255
 
-# %% ../nbs/04_shapes.ipynb #37454e8e
+# %% ../nbs/04_shapes.ipynb #d46820b9
 def contrasting_colour(
     rng: np.random.Generator, under: Float[np.ndarray, "3"], contrast: Number
 ) -> Float[np.ndarray, "3"]:
@@ -240,7 +240,7 @@ def contrasting_colour(
     far = distance >= contrast
     return colours[far.argmax() if far.any() else distance.argmax()]
 
-# %% ../nbs/04_shapes.ipynb #7fceeb0d
+# %% ../nbs/04_shapes.ipynb #75938aea
 def texture(rng: np.random.Generator, strength: Number, height: int, width: int) -> Float[np.ndarray, "y x 1"]:
     """Faint stripes of random direction, width and strength, around zero.
 
@@ -255,7 +255,7 @@ def texture(rng: np.random.Generator, strength: Number, height: int, width: int)
     phase = (x * math.cos(direction) + y * math.sin(direction)) * (2 * math.pi / wave)
     return (rng.uniform(0, strength) * np.sin(phase)).astype(np.float32)[..., None]
 
-# %% ../nbs/04_shapes.ipynb #d30d616e
+# %% ../nbs/04_shapes.ipynb #067a9bf8
 def paint(
     rng: np.random.Generator, image: Float[np.ndarray, "y x 3"], thing: Thing, contrast: Number, stripes: Number,
 ) -> tuple[tuple[slice, slice], Float[np.ndarray, "y2 x2"]]:
@@ -280,7 +280,7 @@ def paint(
     image[window] = under + cover[..., None] * (colour - under)
     return window, cover
 
-# %% ../nbs/04_shapes.ipynb #0458d176
+# %% ../nbs/04_shapes.ipynb #0b081c60
 def add_clutter(rng: np.random.Generator, image: Float[np.ndarray, "y x 3"], config: SceneConfig) -> None:
     """Draw soft spots and lines into `image`: they have edges and colours, but are no object.
 
@@ -304,7 +304,7 @@ def add_clutter(rng: np.random.Generator, image: Float[np.ndarray, "y x 3"], con
     alpha = np.asarray(lines, np.float32)[..., None] / 255
     image += alpha * (smooth_field(rng, size, 3) - image)
 
-# %% ../nbs/04_shapes.ipynb #18bde46d
+# %% ../nbs/04_shapes.ipynb #e430484a
 class Scene(NamedTuple):
     """One generated picture with everything that is known about it.
 
@@ -320,7 +320,7 @@ class Scene(NamedTuple):
     boxes_xyxy: Float[np.ndarray, "t 4"]
     owner: UInt8[np.ndarray, "y x"]
 
-# %% ../nbs/04_shapes.ipynb #70e9d70e
+# %% ../nbs/04_shapes.ipynb #4955c37f
 def make_scene(config: SceneConfig, seed: int, index: int) -> Scene:
     """Draw scene number `index` of the endless series `seed`; nothing else enters.
 
@@ -351,7 +351,7 @@ def make_scene(config: SceneConfig, seed: int, index: int) -> Scene:
         owner,
     )
 
-# %% ../nbs/04_shapes.ipynb #303af281
+# %% ../nbs/04_shapes.ipynb #2c1e0806
 def check_config(config: SceneConfig) -> None:
     """Refuse a configuration that cannot be drawn.
 
@@ -376,7 +376,7 @@ def check_config(config: SceneConfig) -> None:
         if not kept:
             raise ValueError(f"SceneConfig.{field}={getattr(c, field)}: {remedy}")
 
-# %% ../nbs/04_shapes.ipynb #85dd13b0
+# %% ../nbs/04_shapes.ipynb #cb503735
 def scene_target(scene: Scene, index: int, masks: bool = False) -> Target:
     """The truth of a scene as a `Target`.
 
@@ -397,12 +397,12 @@ def scene_target(scene: Scene, index: int, masks: bool = False) -> Target:
         target["masks"] = torch.from_numpy(scene.owner) == torch.arange(1, len(boxes_xyxy) + 1)[:, None, None]
     return target
 
-# %% ../nbs/04_shapes.ipynb #9ff8b09e
+# %% ../nbs/04_shapes.ipynb #12097a9e
 def unpack_scene(scene: Scene, index: int, masks: bool) -> tuple[UInt8[Tensor, "3 y x"], Target]:
     """The picture, colours first, and the target of a scene."""
     return torch.from_numpy(scene.image).permute(2, 0, 1).contiguous(), scene_target(scene, index, masks)
 
-# %% ../nbs/04_shapes.ipynb #85feab6c
+
 class Scenes(Dataset):
     """A series of scenes of fixed length as a dataset; nothing is drawn before it is asked for.
 
@@ -436,7 +436,7 @@ class Scenes(Dataset):
             raise IndexError(f"scene {index} of a series of {self.count}: give 0 to {self.count - 1}")
         return unpack_scene(make_scene(self.config, self.seed, index), index, self.masks)
 
-# %% ../nbs/04_shapes.ipynb #23551484
+# %% ../nbs/04_shapes.ipynb #bd83f437
 def count_workers(wanted: int | None) -> int:
     """How many processes draw: as many as wanted, by default one for each core; never more than can be started."""
     # A function typed into a notebook reaches another process only where processes are made by forking.
@@ -455,7 +455,7 @@ def draw_scenes(scenes: Scenes, workers: int | None = None) -> Iterator[tuple[UI
         for index, scene in enumerate(pool.map(draw, range(len(scenes)), chunksize=32)):
             yield unpack_scene(scene, index, scenes.masks)
 
-# %% ../nbs/04_shapes.ipynb #d9e6c9b2
+# %% ../nbs/04_shapes.ipynb #b9b1cdc1
 def drawing_source() -> str:
     """Source of `make_scene`, of `unpack_scene`, and of every function that they call by its name."""
     todo, found = [make_scene, unpack_scene], {}
@@ -467,7 +467,7 @@ def drawing_source() -> str:
             todo += [globals()[word] for word in words if inspect.isfunction(globals().get(word))]
     return "\n".join(found[name] for name in sorted(found))
 
-# %% ../nbs/04_shapes.ipynb #eddcaddb
+# %% ../nbs/04_shapes.ipynb #5d544b5f
 def series_key(scenes: Scenes) -> str:
     """A name for a series that changes with whatever could change one of its pixels.
 
@@ -480,7 +480,7 @@ def series_key(scenes: Scenes) -> str:
     digest.update(f"{np.__version__} {PIL.__version__}".encode())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/04_shapes.ipynb #3bed7143
+# %% ../nbs/04_shapes.ipynb #d8abcae4
 def pack_targets(targets: Sequence[Target], masks: bool) -> dict[str, Tensor]:
     """The targets of a series as a few long tensors, which are read much faster than thousands of short ones."""
     fields = ("labels", "boxes", "masks") if masks else ("labels", "boxes")
@@ -497,7 +497,7 @@ def unpack_targets(packed: dict[str, Tensor], size: int) -> list[Target]:
         for index in range(len(counts))
     ]
 
-# %% ../nbs/04_shapes.ipynb #14301c78
+# %% ../nbs/04_shapes.ipynb #f53e05f0
 def write_cache(scenes: Scenes, images_file: Path, targets_file: Path, workers: int | None) -> None:
     """Draw a series into two files; they appear complete or not at all, the targets last."""
     images_file.parent.mkdir(parents=True, exist_ok=True)
@@ -513,7 +513,7 @@ def write_cache(scenes: Scenes, images_file: Path, targets_file: Path, workers: 
         os.replace(images_part, images_file)
         os.replace(targets_part, targets_file)
 
-# %% ../nbs/04_shapes.ipynb #c77f2c5a
+# %% ../nbs/04_shapes.ipynb #98488e1e
 def render_scenes(
     scenes: Scenes, folder: Path | str | None = None, workers: int | None = None
 ) -> tuple[UInt8[Tensor, "n 3 y x"], list[Target]]:
@@ -544,7 +544,7 @@ def render_scenes(
     images = torch.from_numpy(np.load(images_file, mmap_mode="c"))  # c: who writes into them never changes the file
     return images, unpack_targets(torch.load(targets_file, weights_only=True), scenes.config.size)
 
-# %% ../nbs/04_shapes.ipynb #2a26a7cc
+# %% ../nbs/04_shapes.ipynb #285e2814
 def coco_segmentation(mask: Tensor) -> dict:
     """A mask as COCO's compressed run lengths, with text instead of bytes, so that JSON can hold it."""
     runs = coco_mask.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
@@ -564,7 +564,7 @@ def coco_objects(target: Target, image_id: int, category_ids: Sequence[int]) -> 
         objects.append(entry)
     return objects
 
-# %% ../nbs/04_shapes.ipynb #70a5704d
+
 def check_coco(targets: Sequence[Target], names: Sequence[str], category_ids: Sequence[int]) -> None:
     """Refuse targets that a COCO file cannot hold.
 
@@ -580,7 +580,7 @@ def check_coco(targets: Sequence[Target], names: Sequence[str], category_ids: Se
         if wrong:
             raise ValueError(f"targets[{place}] has labels {wrong}: {len(names)} names allow 0 to {len(names) - 1}")
 
-# %% ../nbs/04_shapes.ipynb #6ff8b158
+# %% ../nbs/04_shapes.ipynb #05d0721b
 def coco_json(targets: Sequence[Target], names: Sequence[str], category_ids: Sequence[int]) -> dict:
     """Targets as a COCO dictionary: images, annotations and categories, ready for `json.dump` and pycocotools.
 
@@ -611,7 +611,7 @@ def coco_json(targets: Sequence[Target], names: Sequence[str], category_ids: Seq
         "categories": [{"id": i, "name": name} for i, name in zip(category_ids, names, strict=True)],
     }
 
-# %% ../nbs/04_shapes.ipynb #66c80455
+# %% ../nbs/04_shapes.ipynb #8c288ef9
 def write_coco(scenes: Scenes, folder: Path | str) -> Path:
     """Write a series as a COCO dataset: PNG files under `images`, and `annotations.json` beside that folder.
 

@@ -6,7 +6,7 @@
 __all__ = ['Step', 'FeedForward', 'EncoderLayer', 'Encoder', 'DenseCrossAttention', 'DecoderLayer', 'StaticQueryPosition',
            'Decoder']
 
-# %% ../nbs/07_transformer.ipynb #829f472c
+# %% ../nbs/07_transformer.ipynb #d17a1c37
 from collections.abc import Callable
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .attention import MultiHeadAttention
 from .notation import Memory, Number, Output, Queries
 
-# %% ../nbs/07_transformer.ipynb #68609bab
+# %% ../nbs/07_transformer.ipynb #8b22ae34
 class Step(nn.Module):
     """A residual step around a sublayer; the one place that knows pre-norm from post-norm.
 
@@ -41,7 +41,7 @@ class Step(nn.Module):
             return x + self.dropout(sublayer(self.norm(x)))
         return self.norm(x + self.dropout(sublayer(x)))
 
-# %% ../nbs/07_transformer.ipynb #c0bf5075
+# %% ../nbs/07_transformer.ipynb #a8db3845
 class FeedForward(nn.Sequential):
     """Two linear maps with a ReLU between, applied to every token alone.
 
@@ -58,7 +58,7 @@ class FeedForward(nn.Sequential):
         for linear in (self[0], self[3]):
             nn.init.xavier_uniform_(linear.weight)
 
-# %% ../nbs/07_transformer.ipynb #8111e92e
+# %% ../nbs/07_transformer.ipynb #05c18412
 class EncoderLayer(nn.Module):
     """Self-attention among all tokens of the memory, then the feed-forward net.
 
@@ -86,7 +86,7 @@ class EncoderLayer(nn.Module):
         x = self.attention_step(memory.x, attend_to_all)
         return memory._replace(x=self.feed_step(x, self.feed_forward))
 
-# %% ../nbs/07_transformer.ipynb #98c3ed07
+# %% ../nbs/07_transformer.ipynb #b3bb1218
 class Encoder(nn.Module):
     """Layers in a row; a final norm only where the layers normalise first.
 
@@ -105,7 +105,7 @@ class Encoder(nn.Module):
             memory = layer(memory)
         return memory._replace(x=self.norm(memory.x))
 
-# %% ../nbs/07_transformer.ipynb #7b25af5c
+# %% ../nbs/07_transformer.ipynb #ce5891c0
 class DenseCrossAttention(nn.Module):
     """Every query looks at every token of the memory.
 
@@ -133,7 +133,7 @@ class DenseCrossAttention(nn.Module):
         """
         return self.attention(content + query_pos, memory.x + memory.pos, memory.x, memory.pad)
 
-# %% ../nbs/07_transformer.ipynb #b2dc694c
+# %% ../nbs/07_transformer.ipynb #d285c4b2
 class DecoderLayer(nn.Module):
     """Self-attention among queries, cross-attention into the memory, feed-forward.
 
@@ -181,7 +181,7 @@ class DecoderLayer(nn.Module):
         content = self.cross_step(content, attend_to_memory)
         return self.feed_step(content, self.feed_forward)
 
-# %% ../nbs/07_transformer.ipynb #fd8377a3
+# %% ../nbs/07_transformer.ipynb #95f302d3
 class StaticQueryPosition(nn.Module):
     """DETR's answer to where a query stands: at the same learned vector in every layer."""
 
@@ -199,7 +199,7 @@ class StaticQueryPosition(nn.Module):
         """
         return pos
 
-# %% ../nbs/07_transformer.ipynb #b6104fff
+# %% ../nbs/07_transformer.ipynb #1aee9aef
 class Decoder(nn.Module):
     """Refine all queries at once, layer by layer, and predict after every layer.
 

@@ -17,6 +17,7 @@ from detr_nb.shapes import DEFAULT, EASY
 from detr_nb.training import ShapesData, TinyModel, TrainConfig, fit, record
 
 ROOT = Path(__file__).resolve().parents[1]
+CACHE = Path(".cache")  # relative, so that records name no folder of this machine
 SETTINGS = {"easy": EASY, "default": DEFAULT}
 PAPER_MODEL = TinyModel(pre_norm=False, dropout=0.1, temperature=10000)
 
@@ -40,21 +41,22 @@ def read_command_line() -> argparse.Namespace:
 def main() -> None:
     """Train and record."""
     args = read_command_line()
+    os.chdir(ROOT)
     torch.set_num_threads(os.cpu_count() or 1)
     torch.set_flush_denormal(True)
     budget = f"{args.steps}steps" if args.steps else f"{args.minutes:g}min"
     name = f"shapes_{args.setting}_{budget}_{'paper_' if args.paper else ''}seed{args.seed}"
     config = TrainConfig(
-        data=ShapesData(SETTINGS[args.setting], cache=str(ROOT / ".cache" / "scenes")),
+        data=ShapesData(SETTINGS[args.setting], cache=str(CACHE / "scenes")),
         minutes=None if args.steps else args.minutes, steps=args.steps or 1, evaluations=8,
-        seed=args.seed, folder=str(ROOT / ".cache" / "runs" / name),
+        seed=args.seed, folder=str(CACHE / "runs" / name),
     )
     run = fit(with_paper_recipe(config) if args.paper else config)
     what = f"DETR from scratch on generated scenes, {args.setting} setting, {budget}"
     flags = f"--setting {args.setting} {f'--steps {args.steps}' if args.steps else f'--minutes {args.minutes:g}'}"
     flags += f" --seed {args.seed}{' --paper' if args.paper else ''}"
     record(run, what + (", the paper's hyper-parameters" if args.paper else ""),
-           f"python results/train_on_shapes.py {flags}", ROOT / "results" / f"{name}.json")
+           f"python results/train_on_shapes.py {flags}", Path("results") / f"{name}.json")
     print(name, run.line())
 
 
