@@ -113,7 +113,7 @@ def test_ap_from_scratch_equals_pycocotools(seed, crowd):
 @given(seeds, st.booleans())
 @settings(max_examples=25)
 def test_coco_evaluate_equals_pycocotools_with_its_sizes_and_limits(seed, crowd):
-    targets, detections = random_set(seed, most=14, crowd=crowd, grid=32)
+    targets, detections = random_set(seed, most=60, crowd=crowd, grid=32)
     stats, metrics = straight(targets, detections), coco_evaluate(targets, detections, NAMES, IDS)
     names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100")
     for name, official in zip(names, stats, strict=False):
@@ -163,6 +163,15 @@ def test_average_precision_by_hand():
     np.testing.assert_allclose(recall, [1 / 4, 1 / 4, 1 / 2, 1 / 2])
     assert average_precision(precision, recall) == pytest.approx((26 * 1 + 25 * 2 / 3) / 101)
     assert average_precision(precision, recall, points=11) == pytest.approx((3 * 1 + 3 * 2 / 3) / 11)
+
+
+def test_thresholds_and_limits_by_hand():
+    truth = target([[0, 0, 100, 100]], [0])
+    metrics = coco_evaluate([truth], [found([[0, 0, 72, 100]], [0], [0.9])], NAMES, IDS)
+    assert [metrics[k] for k in ("AP50", "AP75", "AP")] == pytest.approx([1, 0, 0.5])  # 0.50 to 0.70 are reached
+    late = found([[90, 90, 99, 99]] * 11 + [[0, 0, 100, 100]], [0] * 12, [0.9] * 11 + [0.1])
+    metrics = coco_evaluate([truth], [late], NAMES, IDS)
+    assert (metrics["AR_10"], metrics["AR_100"]) == (0, 1) and metrics["AP"] == pytest.approx(1 / 12)
 
 
 def test_no_detections_at_all_is_zero_and_no_targets_is_nan():
@@ -243,6 +252,9 @@ def test_only_one_of_two_mended_detections_counts():
     assert error_gains([TRUTH], [guess])["class"] == pytest.approx(0.5)
     taken = found([[0, 0, 20, 20], [0, 0, 20, 20]], [0, 1], [0.9, 0.95])  # the cat is found; the false dog goes
     assert error_gains([TRUTH], [taken])["class"] == pytest.approx(0)
+    cats = target([[0, 0, 20, 20], [50, 0, 90, 40]], [0, 0])  # one cat is found and also called a dog, one is missed
+    twice = found([[0, 0, 20, 20], [0, 0, 20, 20]], [0, 1], [0.9, 0.8])
+    assert error_gains([cats], [twice])["class"] == pytest.approx(0)
 
 
 @given(seeds)

@@ -184,6 +184,7 @@ def test_cost_weights_decide_and_loss_weights_do_not():
 
 def test_watched_figures_by_hand():
     logits = torch.eye(3)[[0, 1, 2, 2]]  # class 0, class 1, no-object twice
+    assert class_error(logits[:1], torch.tensor([0])) == 0 and class_error(logits[:1], torch.tensor([1])) == 100
     assert class_error(logits[:3], torch.tensor([0, 0, 1])).item() == pytest.approx(200 / 3, abs=1e-4)
     assert cardinality_error(logits[None, None].expand(1, 2, 4, 3), [2, 5]).tolist() == [1.5]
 

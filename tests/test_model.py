@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from functools import cache
 
 import pytest
@@ -320,3 +322,47 @@ def test_the_trained_model_of_this_copy_detects():
         out = model(torch.zeros(1, 3, 128, 128))
     assert len(model.names) == len(model.category_ids) == out.logits.shape[-1] - 1
     assert out.logits[-1].argmax(-1).eq(len(model.names)).float().mean() > 0.5  # an empty picture: mostly no-object
+
+
+@pytest.mark.parametrize("mode", ["autocast", "weights"])
+def test_half_precision_stays_near_full_precision(mode):
+    """Positions follow the features' type; matching and losses compute in single precision again."""
+    torch.manual_seed(0)
+    model, images = detr_tiny().eval(), torch.randn(2, 3, 64, 96)
+    pad = torch.zeros(2, 64, 96, dtype=torch.bool)
+    pad[1, 32:] = True
+    with torch.no_grad():
+        full = model(images, pad)
+        if mode == "weights":
+            half = model.bfloat16()(images.bfloat16(), pad)
+        else:
+            with torch.autocast("cpu", torch.bfloat16):
+                half = model(images, pad)
+    assert half.logits.dtype == torch.bfloat16
+    torch.testing.assert_close(half.boxes.float(), full.boxes, atol=0.02, rtol=0)
+    torch.testing.assert_close(half.logits.float(), full.logits, atol=0.2, rtol=0)
+    targets = [{"labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}] * 2
+    ours, theirs = SetCriterion(6)(half, targets), SetCriterion(6)(full, targets)
+    assert ours["loss_giou"].dtype == torch.float32
+    torch.testing.assert_close(ours["loss_giou"], theirs["loss_giou"], atol=0.1, rtol=0)
+
+
+EXPORT = """
+import torch
+from detr_nb.model import detr_tiny
+torch.manual_seed(0)
+model, auto = detr_tiny().eval(), torch.export.Dim.AUTO
+shapes = {"images": {0: auto, 2: auto, 3: auto}, "pad": {0: auto, 1: auto, 2: auto}}
+example = torch.randn(2, 3, 64, 96), torch.zeros(2, 64, 96, dtype=torch.bool)
+graph = torch.export.export(model, example, dynamic_shapes=shapes).module()
+images, pad = torch.randn(3, 3, 80, 112), torch.zeros(3, 80, 112, dtype=torch.bool)
+pad[2, 48:] = True
+with torch.no_grad():
+    torch.testing.assert_close(tuple(graph(images, pad)), tuple(model(images, pad)), atol=1e-4, rtol=1e-4)
+"""
+
+
+@pytest.mark.slow
+def test_one_exported_graph_serves_batches_of_any_size():
+    """In a process of its own: the type checker of these tests would pin the sizes."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", EXPORT], check=True, cwd=DATA.parents[1], timeout=300)
