@@ -13,7 +13,7 @@ __all__ = ['PER_BOX', 'KINDS', 'FATAL', 'TOLERANCE', 'TRAIN_SIDES', 'IMAGENET_ME
            'Transformed', 'epoch_order', 'epoch_loader', 'MemoryDataset', 'in_memory', 'turn_image', 'turn_boxes',
            'turn_targets', 'turned_batch', 'random_symmetries', 'MemoryLoader']
 
-# %% ../nbs/05_data.ipynb #52362c0e
+# %% ../nbs/05_data.ipynb #258ce4d8
 import json
 import math
 import xml.etree.ElementTree as ET
@@ -35,14 +35,14 @@ from torchvision.transforms import v2
 from .boxes import cxcywh_to_xyxy, scale_boxes, xywh_to_xyxy, xyxy_to_cxcywh
 from .notation import Number, Target
 
-# %% ../nbs/05_data.ipynb #7dd30f68
+# %% ../nbs/05_data.ipynb #a93b2816
 def clip_and_normalise(boxes_xyxy: Float[Tensor, "t 4"], size: tuple[int, int]) -> Float[Tensor, "t 4"]:
     """Corners in pixels to cxcywh in [0, 1], cut at the border of an image of (height, width)."""
     height, width = size
     shares = scale_boxes(boxes_xyxy, 1 / height, 1 / width).clamp(0, 1)
     return xyxy_to_cxcywh(shares).float()
 
-# %% ../nbs/05_data.ipynb #c1d85225
+# %% ../nbs/05_data.ipynb #39a2c866
 PER_BOX = ("labels", "boxes", "masks", "crowd", "area")  # what a target holds once a box
 
 def select_boxes(target: Target, keep: Bool[Tensor, " t"]) -> Target:
@@ -55,7 +55,7 @@ def select_boxes(target: Target, keep: Bool[Tensor, " t"]) -> Target:
     chosen = {name: target[name][keep] for name in PER_BOX if name in target}
     return Target(**{**target, **chosen})
 
-# %% ../nbs/05_data.ipynb #392c770e
+# %% ../nbs/05_data.ipynb #41b4202c
 class Problem(NamedTuple):
     """Something wrong with an entry of a dataset.
 
@@ -76,7 +76,7 @@ class Problem(NamedTuple):
     def __str__(self) -> str:
         return f"{self.file}: {self.field} is {self.value} ({self.kind}): {self.remedy}"
 
-# %% ../nbs/05_data.ipynb #ae27ac5e
+# %% ../nbs/05_data.ipynb #660c461c
 KINDS = ("unreadable", "unknown class", "non-finite", "degenerate", "out of image", "duplicate", "size", "orphan")
 FATAL = ("unreadable", "unknown class", "non-finite")  # refused on loading; the others can be mended or borne
 
@@ -91,7 +91,7 @@ class DataError(ValueError):
         super().__init__(str(problem))
         self.problem = problem
 
-# %% ../nbs/05_data.ipynb #d880dfbf
+# %% ../nbs/05_data.ipynb #bffb5d6f
 def three_colours(picture: Image.Image) -> Image.Image:
     """Any Pillow image as RGB: grey is repeated, 16-bit grey keeps its upper byte, transparency is dropped."""
     if picture.mode.startswith("I"):
@@ -112,7 +112,7 @@ def read_image(path: Path | str) -> UInt8[Tensor, "3 y x"]:
         raise DataError(Problem(str(path), "picture", value, remedy, "unreadable")) from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
-# %% ../nbs/05_data.ipynb #11449182
+# %% ../nbs/05_data.ipynb #aacabb8a
 class Record(NamedTuple):
     """One image's entry as somebody wrote it, before anything is mended.
 
@@ -142,7 +142,7 @@ class Record(NamedTuple):
     area: Float[Tensor, " t"] | None = None
     outlines: list | None = None
 
-# %% ../nbs/05_data.ipynb #ac67fc90
+# %% ../nbs/05_data.ipynb #a351b292
 TOLERANCE = 0.01  # pixels: what rounding may add to a box, or leave of one that is gone
 
 def box_faults(box: Sequence[Number], size: tuple[int, int] | None) -> Iterator[tuple[str, str]]:
@@ -162,7 +162,7 @@ def box_faults(box: Sequence[Number], size: tuple[int, int] | None) -> Iterator[
     if min(box) < -TOLERANCE or max(x0, x1) > width + TOLERANCE or max(y0, y1) > height + TOLERANCE:
         yield "out of image", f"cut it at {width} columns and {height} rows; is this the right box format?"
 
-# %% ../nbs/05_data.ipynb #bdbd1bc0
+# %% ../nbs/05_data.ipynb #96cab92c
 def short_list(words: Mapping | Sequence, limit: int = 12) -> str:
     """The first few of many words, for a message."""
     shown = ", ".join(repr(word) for word in list(words)[:limit])
@@ -188,7 +188,7 @@ def record_problems(
         if (earlier := first.setdefault((name, *box), field)) != field:
             yield Problem(record.file, f"{field} box", str(value), f"delete it, {earlier} is the same", "duplicate")
 
-# %% ../nbs/05_data.ipynb #ebf5596c
+# %% ../nbs/05_data.ipynb #110a0cc0
 def outline_to_mask(outline: list | dict | None, size: tuple[int, int]) -> Bool[Tensor, "y x"]:
     """A COCO segmentation (polygons, or run lengths packed or not) as a mask; nothing written gives an empty mask."""
     if not outline:
@@ -216,7 +216,7 @@ def make_target(record: Record, known: Mapping[Hashable, int], size: tuple[int, 
         target["masks"] = torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.bool)
     return target
 
-# %% ../nbs/05_data.ipynb #7f9a9d5e
+# %% ../nbs/05_data.ipynb #613a642e
 def drop_crowd(target: Target) -> Target:
     """Leave out boxes that stand for a crowd: they make evaluation fair, but are nothing to learn."""
     return select_boxes(target, ~target["crowd"]) if "crowd" in target else target
@@ -249,7 +249,7 @@ class BoxDataset(Dataset):
             target = select_boxes(target, (target["boxes"][:, 2:] > 0).all(1))
         return image, target if self.keep_crowd else drop_crowd(target)
 
-# %% ../nbs/05_data.ipynb #df263880
+# %% ../nbs/05_data.ipynb #ab5c94dd
 def four_numbers(values: object) -> list[float]:
     """Four floats, or four NaNs if that is not what stands there."""
     try:
@@ -273,7 +273,7 @@ def read_coco(file: Path) -> dict:
         raise DataError(Problem(str(file), "content", value, remedy, "unreadable"))
     return content
 
-# %% ../nbs/05_data.ipynb #73ee3d69
+# %% ../nbs/05_data.ipynb #5d869e73
 def coco_record(picture: Path, file: Path, image: Mapping, entries: Sequence[Mapping], masks: bool) -> Record:
     """One image's entry of a COCO file.
 
@@ -300,7 +300,7 @@ def coco_record(picture: Path, file: Path, image: Mapping, entries: Sequence[Map
         [entry.get("segmentation") for entry in entries] if masks else None,
     )
 
-# %% ../nbs/05_data.ipynb #5736e6ea
+# %% ../nbs/05_data.ipynb #9d908c63
 class CocoDataset(BoxDataset):
     """Images with a COCO annotation file. Raw category ids become contiguous, in ascending order.
 
@@ -337,7 +337,7 @@ class CocoDataset(BoxDataset):
         image = self.images[index]
         return coco_record(self.folder / image["file_name"], self.file, image, self.entries[image["id"]], self.masks)
 
-# %% ../nbs/05_data.ipynb #6ac5c322
+# %% ../nbs/05_data.ipynb #754040e8
 def voc_names(folder: Path) -> list[str]:
     """Every class name in a folder of VOC files, in alphabetical order; broken files are left for `check_data`."""
     names = set()
@@ -360,7 +360,7 @@ def read_split(folder: Path, split: str) -> list[str]:
         raise DataError(Problem(str(file), "split", repr(split), f"choose one of {there}", "unreadable"))
     return [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
-# %% ../nbs/05_data.ipynb #8f450606
+# %% ../nbs/05_data.ipynb #c24dd6e1
 def voc_record(picture: Path, file: Path, number: int, first_pixel: int = 0) -> Record:
     """One image's entry, from its VOC file.
 
@@ -383,11 +383,11 @@ def voc_record(picture: Path, file: Path, number: int, first_pixel: int = 0) -> 
     boxes[:, :2] -= first_pixel
     size = (int(root.findtext("size/height") or 0), int(root.findtext("size/width") or 0))
     names = [thing.findtext("name", "").strip() for thing in things]
-    fields, written = [f"object[{i}]" for i in range(len(things))], [" ".join(map(str, four)) for four in sides]
+    fields = [f"object[{i}]" for i in range(len(things))]
     crowd = torch.zeros(len(things), dtype=torch.bool)
-    return Record(picture, str(file), size if all(size) else None, fields, written, boxes, names, crowd, number)
+    return Record(picture, str(file), size if all(size) else None, fields, sides, boxes, names, crowd, number)
 
-# %% ../nbs/05_data.ipynb #43602abb
+# %% ../nbs/05_data.ipynb #8cffa7ec
 class VocDataset(BoxDataset):
     """Images with Pascal VOC annotations: one XML file an image, splits as lists of names.
 
@@ -422,7 +422,7 @@ class VocDataset(BoxDataset):
         picture = self.pictures.get(stem, self.folder / "JPEGImages" / f"{stem}.jpg")
         return voc_record(picture, self.folder / "Annotations" / f"{stem}.xml", index, self.first_pixel)
 
-# %% ../nbs/05_data.ipynb #7d6f39c3
+# %% ../nbs/05_data.ipynb #19e9dc5a
 def target_record(image: Shaped[Tensor, "3 y x"], target: Target, index: int) -> Record:
     """The entry of an image in memory, so that it can be checked like one from a file."""
     size, count = (image.shape[1], image.shape[2]), len(target["labels"])
@@ -450,7 +450,7 @@ def entry_problems(dataset: Dataset, index: int, known: Mapping[Hashable, int]) 
         yield Problem(record.file, "size (height, width)", str(record.size), remedy, "size")
     yield from record_problems(record, known, size)
 
-# %% ../nbs/05_data.ipynb #e7604bfd
+# %% ../nbs/05_data.ipynb #171524bb
 def orphans(dataset: Dataset) -> Iterator[Problem]:
     """Entries of a COCO file that belong to no image."""
     if isinstance(dataset, CocoDataset):
@@ -470,7 +470,7 @@ def all_problems(dataset: Dataset) -> Iterator[Problem]:
             where = str(getattr(dataset, "file", "dataset"))
             yield Problem(where, f"entry {index}", f"{type(error).__name__}: {error}", "repair the entry", "unreadable")
 
-# %% ../nbs/05_data.ipynb #206ae631
+# %% ../nbs/05_data.ipynb #5d0ce310
 def check_data(dataset: Dataset, report: Callable[[Problem], object] | None = None) -> list[Problem]:
     """Read every entry and every picture once, and collect what is wrong; one bad entry stops nothing.
 
@@ -497,7 +497,7 @@ def summary(problems: Sequence[Problem], limit: int = 20) -> str:
     rest = [f"  ... and {len(problems) - limit} more"] if len(problems) > limit else []
     return "\n".join([head, *(f"  {problem}" for problem in problems[:limit]), *rest])
 
-# %% ../nbs/05_data.ipynb #ef9bf8b8
+# %% ../nbs/05_data.ipynb #1107c291
 def to_sample(image: UInt8[Tensor, "3 y x"], target: Target) -> dict[str, Tensor]:
     """An image and its boxes and masks, wrapped so that torchvision knows what they are."""
     size = tuple(image.shape[1:])
@@ -506,7 +506,7 @@ def to_sample(image: UInt8[Tensor, "3 y x"], target: Target) -> dict[str, Tensor
     masks = {"masks": tv_tensors.Mask(target["masks"])} if "masks" in target else {}
     return {"image": tv_tensors.Image(image), "boxes": boxes, **masks}
 
-# %% ../nbs/05_data.ipynb #8575a3a8
+# %% ../nbs/05_data.ipynb #c7c4ca4d
 def apply_transform(
     transform: Callable, image: UInt8[Tensor, "3 y x"], target: Target
 ) -> tuple[UInt8[Tensor, "3 y2 x2"], Target]:
@@ -530,7 +530,7 @@ def apply_transform(
     visible = scale_boxes(target["boxes"], *size)[:, 2:] > TOLERANCE
     return image, select_boxes(target, visible.all(1))
 
-# %% ../nbs/05_data.ipynb #399c26c0
+# %% ../nbs/05_data.ipynb #899b79b5
 def random_int(low: int, high: int) -> int:
     """A whole number from low to high, both included, from torch's generator."""
     return int(torch.randint(low, high + 1, ()))
@@ -559,7 +559,7 @@ class RandomSizeCrop(v2.Transform):
         """Cut one part of the sample."""
         return v2.functional.crop(part, **params)
 
-# %% ../nbs/05_data.ipynb #0c84fa6b
+# %% ../nbs/05_data.ipynb #7f3c466e
 TRAIN_SIDES = tuple(range(480, 801, 32))
 
 def train_transform(
@@ -592,7 +592,7 @@ def eval_transform(short_side: int = 800, longest: int = 1333) -> v2.Transform:
     """
     return v2.RandomShortestSize([short_side], longest)
 
-# %% ../nbs/05_data.ipynb #936e9aa3
+# %% ../nbs/05_data.ipynb #a75b768e
 def pad_images(images: list[Float[Tensor, "3 _ _"]]) -> tuple[Float[Tensor, "b 3 y x"], Bool[Tensor, "b y x"]]:
     """Lay images of different sizes into one tensor, each in the upper left corner, and mark the rest.
 
@@ -615,7 +615,7 @@ def pad_images(images: list[Float[Tensor, "3 _ _"]]) -> tuple[Float[Tensor, "b 3
         pad[i, : image.shape[1], : image.shape[2]] = False
     return batch, pad
 
-# %% ../nbs/05_data.ipynb #5d2eb267
+# %% ../nbs/05_data.ipynb #a400b52f
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -645,7 +645,7 @@ def denormalise(
     """The way back from `normalise`, rounded to bytes."""
     return (255 * (images * colours(std, images) + colours(mean, images))).round().clamp(0, 255).byte()
 
-# %% ../nbs/05_data.ipynb #19f4c8cc
+# %% ../nbs/05_data.ipynb #aaafa2c4
 class Batch(NamedTuple):
     """What a model and its loss are given.
 
@@ -678,12 +678,12 @@ def collate(
     images, pad = pad_images([normalise(image, mean, std) for image, _ in samples])
     return Batch(images, pad, [target for _, target in samples])
 
-# %% ../nbs/05_data.ipynb #9b88540b
+# %% ../nbs/05_data.ipynb #0593edda
 def mixed_seed(seed: int, epoch: int, index: int) -> int:
     """One number that depends on all three, well scrambled; for `torch.manual_seed`."""
     return int(np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0])
 
-# %% ../nbs/05_data.ipynb #f6dc913e
+# %% ../nbs/05_data.ipynb #3b899563
 class Transformed(Dataset):
     """A dataset seen through a transform whose randomness is a function of (seed, epoch, index) alone.
 
@@ -710,7 +710,7 @@ class Transformed(Dataset):
             torch.manual_seed(mixed_seed(self.seed, self.epoch, index))
             return apply_transform(self.transform, image, target)
 
-# %% ../nbs/05_data.ipynb #ff1f2564
+# %% ../nbs/05_data.ipynb #e4e6a8dd
 def epoch_order(count: int, seed: int, epoch: int) -> Int[Tensor, " n"]:
     """The order in which an epoch visits `count` images."""
     return torch.from_numpy(np.random.default_rng((seed, epoch, 0)).permutation(count))
@@ -737,7 +737,7 @@ def epoch_loader(
         collate_fn=make_batch, generator=torch.Generator(),  # else each epoch would draw from the global generator
     )
 
-# %% ../nbs/05_data.ipynb #8d8351bd
+# %% ../nbs/05_data.ipynb #5a44f310
 class MemoryDataset(Dataset):
     """Images of one size in one tensor.
 
@@ -773,7 +773,7 @@ def in_memory(dataset: Dataset, size: tuple[int, int]) -> MemoryDataset:
     images, targets = zip(*(apply_transform(resize, *dataset[i]) for i in range(len(dataset))), strict=True)
     return MemoryDataset(torch.stack(images), targets, dataset.names, dataset.category_ids)
 
-# %% ../nbs/05_data.ipynb #18f768bf
+# %% ../nbs/05_data.ipynb #905446de
 FLIP_X, FLIP_Y, TRANSPOSE = 1, 2, 4  # a symmetry is a sum of these: transpose first, then flip
 
 def turn_image(image: Shaped[Tensor, "*n y x"], symmetry: int) -> Shaped[Tensor, "*n _ _"]:
@@ -789,7 +789,7 @@ def turn_boxes(boxes: Float[Tensor, "n 4"], symmetry: Int[Tensor, " n"]) -> Floa
     centre = torch.where(flips > 0, 1 - boxes[:, :2], boxes[:, :2])
     return torch.cat((centre, boxes[:, 2:]), 1)
 
-# %% ../nbs/05_data.ipynb #15319ed8
+# %% ../nbs/05_data.ipynb #972ae0c0
 def turn_targets(targets: Sequence[Target], symmetry: Int[Tensor, " b"]) -> list[Target]:
     """Turn boxes and masks of a batch, each image by its own symmetry."""
     counts = [len(target["boxes"]) for target in targets]
@@ -809,7 +809,7 @@ def turned_batch(dataset: MemoryDataset, chosen: Int[Tensor, " b"], symmetry: In
     pad = torch.zeros(len(images), *images.shape[2:], dtype=torch.bool)
     return Batch(images, pad, turn_targets([dataset.targets[i] for i in places], symmetry))
 
-# %% ../nbs/05_data.ipynb #6b6e11ac
+# %% ../nbs/05_data.ipynb #2413a797
 def random_symmetries(dataset: MemoryDataset, seed: int, epoch: int) -> Int[Tensor, " n"]:
     """The symmetry of every image in one epoch: one of eight if images are square, else one of the four flips."""
     height, width = dataset.images.shape[2:]
