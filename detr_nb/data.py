@@ -383,9 +383,9 @@ def voc_record(picture: Path, file: Path, number: int, first_pixel: int = 0) -> 
     boxes[:, :2] -= first_pixel
     size = (int(root.findtext("size/height") or 0), int(root.findtext("size/width") or 0))
     names = [thing.findtext("name", "").strip() for thing in things]
-    fields = [f"object[{i}]" for i in range(len(things))]
+    fields, written = [f"object[{i}]" for i in range(len(things))], [" ".join(map(str, four)) for four in sides]
     crowd = torch.zeros(len(things), dtype=torch.bool)
-    return Record(picture, str(file), size if all(size) else None, fields, sides, boxes, names, crowd, number)
+    return Record(picture, str(file), size if all(size) else None, fields, written, boxes, names, crowd, number)
 
 # %% ../nbs/05_data.ipynb #8cffa7ec
 class VocDataset(BoxDataset):

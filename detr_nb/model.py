@@ -8,7 +8,7 @@ __all__ = ['TINY', 'resize_padding', 'cell_centres', 'check_padding', 'SingleLev
            'detr_resnet101', 'detr_resnet101_dc5', 'detr_resnet18', 'load_tiny_weights', 'detr_tiny', 'postprocess',
            'last_features', 'learned_grid', 'DETRDemo']
 
-# %% ../nbs/08_model.ipynb #2a9df831
+# %% ../nbs/08_model.ipynb #8eff236c
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 
@@ -24,7 +24,7 @@ from .notation import Memory, Number, Output, Queries, Target
 from .positions import SinePositions
 from .transformer import Decoder, DecoderLayer, Encoder, EncoderLayer
 
-# %% ../nbs/08_model.ipynb #96ed977b
+# %% ../nbs/08_model.ipynb #24284321
 def resize_padding(pad: Bool[Tensor, "b y x"], size: tuple[int, int]) -> Bool[Tensor, "b y2 x2"]:
     """Shrink a padding mask to a feature grid by picking the nearest pixel, as the original does.
 
@@ -37,14 +37,14 @@ def resize_padding(pad: Bool[Tensor, "b y x"], size: tuple[int, int]) -> Bool[Te
     """
     return F.interpolate(pad[None].float(), size=size, mode="nearest")[0].bool()
 
-# %% ../nbs/08_model.ipynb #9d58950c
+# %% ../nbs/08_model.ipynb #cdbd4084
 def cell_centres(pad: Bool[Tensor, "b y x"]) -> Float[Tensor, "b y x 2"]:
     """Centre (x, y) of each cell, 0 to 1 over the unpadded part of the grid."""
     valid = ~pad
     y, x = valid.cumsum(1).float(), valid.cumsum(2).float()
     return torch.stack(((x - 0.5) / x[:, :, -1:].clamp(min=1), (y - 0.5) / y[:, -1:].clamp(min=1)), -1)
 
-# %% ../nbs/08_model.ipynb #754bbcc6
+# %% ../nbs/08_model.ipynb #20beacfa
 def check_padding(pad: Bool[Tensor, "b y x"]) -> None:
     """Refuse a grid without any valid cell: attention over nothing would be NaN. Silent while a graph is traced.
 
@@ -58,7 +58,7 @@ def check_padding(pad: Bool[Tensor, "b y x"]) -> None:
         raise ValueError(f"images {empty.nonzero().flatten().tolist()} of the batch are all padding on the "
                          f"{pad.shape[1]} x {pad.shape[2]} feature grid: pad is True where there is NO picture")
 
-# %% ../nbs/08_model.ipynb #23afe399
+# %% ../nbs/08_model.ipynb #6376df1a
 class SingleLevelMemory(nn.Module):
     """Images to tokens: backbone, projection to the model width, positions.
 
@@ -86,7 +86,7 @@ class SingleLevelMemory(nn.Module):
         tokens = (x.permute(0, 2, 3, 1), self.positions(pad).to(x.dtype), pad, cell_centres(pad))
         return Memory(*(token.flatten(1, 2) for token in tokens), shapes=(size,), features=tuple(features))
 
-# %% ../nbs/08_model.ipynb #d64c4a3f
+# %% ../nbs/08_model.ipynb #37848209
 class ObjectQueries(nn.Module):
     """One learned vector a query, used as its position; the content starts at zero (DETR, section 3.2).
 
@@ -109,7 +109,7 @@ class ObjectQueries(nn.Module):
         pos = self.embedding.weight.expand(memory.x.shape[0], -1, -1)
         return Queries(torch.zeros_like(pos), pos)
 
-# %% ../nbs/08_model.ipynb #b585ea37
+# %% ../nbs/08_model.ipynb #d9b68a4e
 def columns(num_classes: int) -> int:
     """Number of class scores: every class, and no-object in the last column.
 
@@ -121,12 +121,12 @@ def columns(num_classes: int) -> int:
                          "(no-object is added by the model: do not count it)")
     return num_classes + 1
 
-# %% ../nbs/08_model.ipynb #42908f68
+# %% ../nbs/08_model.ipynb #2972a523
 def softmax_scores(logits: Float[Tensor, "*n c"]) -> Float[Tensor, "*n _"]:
     """Class probabilities without those of no-object, the last column; they sum to at most 1."""
     return logits.softmax(-1)[..., :-1]
 
-# %% ../nbs/08_model.ipynb #89b3c3be
+# %% ../nbs/08_model.ipynb #d2cbb2f4
 class MLP(nn.Sequential):
     """Linear maps with ReLUs between.
 
@@ -138,7 +138,7 @@ class MLP(nn.Sequential):
         layers = [part for a, b in zip(widths, widths[1:], strict=False) for part in (nn.Linear(a, b), nn.ReLU())]
         super().__init__(*layers[:-1])
 
-# %% ../nbs/08_model.ipynb #35c3cb08
+# %% ../nbs/08_model.ipynb #d59316ba
 class Head(nn.Module):
     """Class scores and a box for every query (DETR, section 3.2: prediction feed-forward networks).
 
@@ -163,7 +163,7 @@ class Head(nn.Module):
         """The reference of the next layer: unchanged here."""
         return ref
 
-# %% ../nbs/08_model.ipynb #efc83c9b
+# %% ../nbs/08_model.ipynb #580f6e9a
 def check_images(images: Tensor, pad: Tensor | None) -> None:
     """Refuse a batch that the model would misread or fail on deep inside.
 
@@ -177,7 +177,7 @@ def check_images(images: Tensor, pad: Tensor | None) -> None:
         raise ValueError(f"pad must be boolean, True where there is no picture, here {tuple(images[:, 0].shape)}; "
                          f"got {pad.dtype} of shape {tuple(pad.shape)}")
 
-# %% ../nbs/08_model.ipynb #c4dbed87
+# %% ../nbs/08_model.ipynb #534bf0d9
 class DETR(nn.Module):
     """Images in, a set of classes and boxes out (Carion et al. 2020, figure 2).
 
@@ -221,7 +221,7 @@ class DETR(nn.Module):
         out = self.decoder(self.queries(memory), memory)
         return out if self.aux_loss else Output(out.logits[-1:], out.boxes[-1:])
 
-# %% ../nbs/08_model.ipynb #f59cdcee
+# %% ../nbs/08_model.ipynb #33da97a9
 def detr(
     backbone: nn.Module, num_classes: int, num_queries: int = 100, hidden_dim: int = 256, nheads: int = 8,
     enc_layers: int = 6, dec_layers: int = 6, dim_feedforward: int = 2048, dropout: Number = 0.1,
@@ -250,7 +250,7 @@ def detr(
     decoder = Decoder(layers, nn.LayerNorm(hidden_dim), Head(hidden_dim, num_classes))
     return DETR(memory, encoder, ObjectQueries(num_queries, hidden_dim), decoder, aux_loss)
 
-# %% ../nbs/08_model.ipynb #59bfae1a
+# %% ../nbs/08_model.ipynb #edd98786
 def detr_resnet50(
     num_classes: int = 91, num_queries: int = 100, pretrained_backbone: bool = True, hidden_dim: int = 256,
     nheads: int = 8, enc_layers: int = 6, dec_layers: int = 6, dim_feedforward: int = 2048, dropout: Number = 0.1,
@@ -261,7 +261,7 @@ def detr_resnet50(
     sizes = (hidden_dim, nheads, enc_layers, dec_layers, dim_feedforward, dropout)
     return detr(backbone, num_classes, num_queries, *sizes, aux_loss=aux_loss)
 
-# %% ../nbs/08_model.ipynb #95649f9a
+# %% ../nbs/08_model.ipynb #a785b430
 #| code-fold: true
 def detr_resnet50_dc5(
     num_classes: int = 91, num_queries: int = 100, pretrained_backbone: bool = True, hidden_dim: int = 256,
@@ -306,13 +306,13 @@ def detr_resnet18(
     sizes = (hidden_dim, nheads, enc_layers, dec_layers, dim_feedforward, dropout)
     return detr(backbone, num_classes, num_queries, *sizes, aux_loss=aux_loss)
 
-# %% ../nbs/08_model.ipynb #584b66f9
+# %% ../nbs/08_model.ipynb #934c398f
 TINY = {
     "hidden_dim": 128, "nheads": 4, "enc_layers": 2, "dec_layers": 3, "dim_feedforward": 256,
     "dropout": 0.0, "pre_norm": True, "temperature": 20,
 }
 
-# %% ../nbs/08_model.ipynb #a1bccdca
+# %% ../nbs/08_model.ipynb #e5ba4135
 def load_tiny_weights(model: DETR) -> DETR:
     """Give a `detr_tiny` the weights that come with the package, and set it to evaluation.
 
@@ -334,7 +334,7 @@ def load_tiny_weights(model: DETR) -> DETR:
     model.names, model.category_ids = saved["names"], saved["category_ids"]
     return model.eval()
 
-# %% ../nbs/08_model.ipynb #ea86dd7b
+# %% ../nbs/08_model.ipynb #568beda9
 def detr_tiny(
     pretrained: bool = False, num_classes: int = 6, num_queries: int = 25, **sizes: Number | tuple[int, ...]
 ) -> DETR:
@@ -352,7 +352,7 @@ def detr_tiny(
     model = detr(TinyBackbone(), num_classes, num_queries, **(TINY | sizes))
     return load_tiny_weights(model) if pretrained else model
 
-# %% ../nbs/08_model.ipynb #ba278fb7
+# %% ../nbs/08_model.ipynb #85e250a4
 @torch.no_grad()
 def postprocess(
     out: Output,
@@ -379,13 +379,13 @@ def postprocess(
     boxes_abs = [scale_boxes(boxes, *map(int, size)) for boxes, size in zip(boxes_xyxy, sizes, strict=True)]
     return [{"scores": s, "labels": n, "boxes": b} for s, n, b in zip(best, labels, boxes_abs, strict=True)]
 
-# %% ../nbs/08_model.ipynb #a5f79d6b
+# %% ../nbs/08_model.ipynb #8d0a9366
 def last_features(net: nn.Module, images: Float[Tensor, "b 3 y x"]) -> Float[Tensor, "b c y2 x2"]:
     """The output of the last stage of a torchvision ResNet."""
     x = net.maxpool(net.relu(net.bn1(net.conv1(images))))
     return net.layer4(net.layer3(net.layer2(net.layer1(x))))
 
-# %% ../nbs/08_model.ipynb #704b7f5b
+# %% ../nbs/08_model.ipynb #03066bad
 def learned_grid(
     row: Float[Tensor, "n k"], col: Float[Tensor, "n k"], rows: int, cols: int
 ) -> Float[Tensor, "s d"]:
@@ -398,7 +398,7 @@ def learned_grid(
         raise ValueError(f"a grid of {rows} x {cols} cells needs more than {len(row)} learned rows and columns")
     return torch.cat((col[:cols].expand(rows, -1, -1), row[:rows, None].expand(-1, cols, -1)), -1).flatten(0, 1)
 
-# %% ../nbs/08_model.ipynb #d9b9c93e
+# %% ../nbs/08_model.ipynb #aa053b55
 class DETRDemo(nn.Module):
     """The demonstration model of the paper (DETR, appendix A.6): what can be left out is left out.
 
