@@ -18,7 +18,7 @@ import json
 import math
 import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -232,7 +232,10 @@ class BoxDataset(Dataset):
         drop_degenerate: leave out boxes without area.
     """
 
-    def __init__(self, names, category_ids, known, keep_crowd: bool = True, drop_degenerate: bool = True):
+    def __init__(
+        self, names: Iterable[str], category_ids: Iterable[int], known: Mapping[Hashable, int],
+        keep_crowd: bool = True, drop_degenerate: bool = True,
+    ):
         self.names, self.category_ids, self.known = list(names), list(category_ids), dict(known)
         self.keep_crowd, self.drop_degenerate = keep_crowd, drop_degenerate
 

@@ -448,7 +448,8 @@ def pr_curve(
     """
     judged = judge(targets, detections, np.array([float(threshold)]))
     if not (count := int((judged.truth == label).sum())):
-        raise ValueError(f"no target has the label {label}, so recall is not defined")
+        raise ValueError(f"no target has the label {label}, so its recall is not defined: "
+                         f"choose one of {np.unique(judged.truth).tolist()}")
     chosen = (judged.labels == label) & judged.counted[0]
     return *precision_recall(judged.correct[0, chosen], count), judged.scores[chosen]
 

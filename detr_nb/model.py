@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import resnet50
 
-from .backbone import ResNet, TinyBackbone
+from .backbone import ResNet, TinyBackbone, imagenet_weights
 from .boxes import cxcywh_to_xyxy, scale_boxes
 from .notation import Memory, Number, Output, Queries, Target
-from .positions import SinePositions
+from .positions import SinePositions, grid_coordinates
 from .transformer import Decoder, DecoderLayer, Encoder, EncoderLayer
 
 # %% ../nbs/08_model.ipynb #24284321
@@ -40,8 +40,7 @@ def resize_padding(pad: Bool[Tensor, "b y x"], size: tuple[int, int]) -> Bool[Te
 # %% ../nbs/08_model.ipynb #cdbd4084
 def cell_centres(pad: Bool[Tensor, "b y x"]) -> Float[Tensor, "b y x 2"]:
     """Centre (x, y) of each cell, 0 to 1 over the unpadded part of the grid."""
-    valid = ~pad
-    y, x = valid.cumsum(1).float(), valid.cumsum(2).float()
+    x, y = grid_coordinates(pad).unbind(-1)  # counted from 1 at the first valid cell
     return torch.stack(((x - 0.5) / x[:, :, -1:].clamp(min=1), (y - 0.5) / y[:, -1:].clamp(min=1)), -1)
 
 # %% ../nbs/08_model.ipynb #20beacfa
@@ -395,7 +394,8 @@ def learned_grid(
         ValueError: if there are fewer vectors than rows or columns.
     """
     if max(rows, cols) > len(row):
-        raise ValueError(f"a grid of {rows} x {cols} cells needs more than {len(row)} learned rows and columns")
+        raise ValueError(f"a grid of {rows} x {cols} cells needs more than {len(row)} learned rows and columns: "
+                         "give smaller images")
     return torch.cat((col[:cols].expand(rows, -1, -1), row[:rows, None].expand(-1, cols, -1)), -1).flatten(0, 1)
 
 # %% ../nbs/08_model.ipynb #aa053b55
@@ -419,8 +419,10 @@ class DETRDemo(nn.Module):
         pretrained_backbone: bool = False,
     ):
         super().__init__()
-        self.backbone = resnet50(weights="DEFAULT" if pretrained_backbone else None)
+        self.backbone = resnet50()
         del self.backbone.fc, self.backbone.avgpool
+        if pretrained_backbone:
+            self.backbone.load_state_dict(imagenet_weights("resnet50"))
         self.conv = nn.Conv2d(2048, hidden_dim, 1)
         self.transformer = nn.Transformer(hidden_dim, nheads, enc_layers, dec_layers, batch_first=True)
         self.linear_class, self.linear_bbox = nn.Linear(hidden_dim, columns(num_classes)), nn.Linear(hidden_dim, 4)

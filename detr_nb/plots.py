@@ -159,8 +159,8 @@ def show_image(
 
 # %% ../nbs/90_plots.ipynb #0e63aeec
 def show_images(
-    images: Sequence[Tensor] | Tensor, targets: Sequence[Target] | None = None, names: Sequence[str] | None = None,
-    titles: Sequence[str] | None = None, columns: int = 4,
+    images: Sequence[Tensor] | Shaped[Tensor, "n 3 y x"], targets: Sequence[Target] | None = None,
+    names: Sequence[str] | None = None, titles: Sequence[str] | None = None, columns: int = 4,
 ) -> None:
     """Show several images, with the boxes (and masks) of their targets, in rows of `columns`."""
     for place, ax in enumerate(axes_grid(len(images), columns, 7.4 / columns, 7.4 / columns)):
