@@ -27,6 +27,7 @@ from detr_nb.backbone import (
 
 DATA = Path(__file__).parent / "data"
 STAGES = ("layer1", "layer2", "layer3", "layer4")
+LARGE = [("resnet34", False), ("resnet50", False), ("resnet50", True)]
 
 
 def shake_norms(net):
@@ -46,7 +47,8 @@ def body_state(net):
 
 # --- ResNet -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("name", "dilation"), [("resnet18", False), ("resnet34", False), ("resnet50", False), ("resnet50", True)]
+    ("name", "dilation"),
+    [("resnet18", False), *(pytest.param(*case, marks=pytest.mark.slow) for case in LARGE)],
 )
 def test_resnet_equals_torchvisions_features(name, dilation):
     options = {"replace_stride_with_dilation": [False, False, True]} if dilation else {}
@@ -114,6 +116,7 @@ def test_an_image_in_company_equals_the_image_alone():
         assert_close(a[1:2], b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_dc5_holds_the_plain_features_at_every_second_cell():
     plain, dc5 = (shake_norms(ResNet("resnet50", dilation, pretrained=False)) for dilation in (False, True))
     dc5.load_state_dict(plain.state_dict())

@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from importlib.metadata import distributions
+from importlib.metadata import distribution, distributions
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 import detr_nb
 
@@ -135,7 +137,87 @@ def test_a_notebook_is_small_and_tells_nothing_of_a_machine(path):
     assert not any(cell.get("execution_count") for cell in notebook["cells"])
 
 
+def prose(path: Path) -> str:
+    return "\n\n".join("".join(cell["source"]) for cell in read(path)["cells"] if cell["cell_type"] == "markdown")
+
+
+def section(text: str, title: str) -> str:
+    """What stands below a heading of the second level."""
+    found = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
+    return found[1] if found else ""
+
+
+@pytest.mark.parametrize("path", [path for path in CHAPTERS if not path.stem.startswith("9")], ids=name_of)
+def test_a_chapter_ends_with_recap_exercises_and_next(path):
+    text = prose(path)
+    assert re.findall(r"^## (Recap|Exercises|Next)$", text, re.M) == ["Recap", "Exercises", "Next"]
+    assert 3 <= len(re.findall(r"^- ", section(text, "Recap"), re.M)) <= 6
+    exercises = set(re.findall(r"^(?:\*\*)?(\d)\. ", section(text, "Exercises"), re.M))
+    assert exercises in [set("123"), set("1234"), set("12345")]
+    solutions = path.parent / "solutions" / path.name
+    if path.stem != "00_notation":  # whose short answers are folded away on its own page
+        assert set(re.findall(r"^## (\d)\.", prose(solutions), re.M)) == exercises
+
+
+# The training chapter reads its own clock, so it checks the library and not its own cells.
+@pytest.mark.parametrize("path", [path for path in CHAPTERS if path.stem != "12_training"], ids=name_of)
+def test_a_chapter_checks_the_types_of_the_library_and_of_its_own_cells(path):
+    folded = next(source for source in code_cells(read(path)) if "install_import_hook" in source)
+    assert 'install_import_hook("detr_nb", "beartype.beartype")' in folded
+    assert "%jaxtyping.typechecker beartype.beartype" in folded
+    assert folded.index("install_import_hook(") < (folded + "detr_nb.").index("detr_nb."), "the hook comes too late"
+
+
+def test_the_front_page_and_the_chapters_agree_on_the_minutes():
+    front = (ROOT / "book" / "index.md").read_text("utf8")
+    rows = dict(re.findall(r"^\| \[[^]]*\]\(\.\./nbs/(\w+)\) \|.*\| (\d+) \|$", front, re.M))
+    said = {path.stem: re.search(r"ime:\*\* (?:about )?(\d+) minutes", prose(path)) for path in CHAPTERS}
+    timed = {stem: match[1] for stem, match in said.items() if match}
+    assert len(timed) >= 12
+    assert {stem: rows[stem] for stem in timed} == timed
+
+
 # --- the library --------------------------------------------------------------------------------------------------
+# Tensors whose annotation names no shape, and why.
+SHAPELESS = {
+    "attention_bias.like": "only its type is used", "colours.like": "only its device is used",
+    "pad_targets.like": "only its device is used", "RandomSizeCrop.transform.part": "an image, boxes or masks",
+    "RandomSizeCrop.transform.return": "the same part",
+    "check_images.images": "the check of the shape", "check_images.pad": "the check of the shape",
+    "coco_segmentation.mask": "pycocotools checks it",
+}
+
+
+def functions(tree: ast.AST) -> list[tuple[str, ast.FunctionDef]]:
+    """The functions and methods of a module by name."""
+    found = [(node.name, node) for node in ast.iter_child_nodes(tree) if isinstance(node, ast.FunctionDef)]
+    for part in (node for node in ast.iter_child_nodes(tree) if isinstance(node, ast.ClassDef)):
+        found += [(f"{part.name}.{name}", node) for name, node in functions(part)]
+    return found
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_whatever_is_exported_has_types_with_shapes_and_a_docstring(module):
+    tree = ast.parse(MODULES[module].read_text("utf8"))
+    bare, shapeless, silent = [], set(), []
+    for name, node in functions(tree):
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
+        types = {part.arg: part.annotation for part in arguments if part and part.arg not in ("self", "cls")}
+        types |= {} if node.name == "__init__" else {"return": node.returns}
+        bare += [f"{name}.{part}" for part, kind in types.items() if kind is None]
+        shapeless |= {f"{name}.{part}" for part, kind in types.items() if kind and has_bare_tensor(kind)}
+        silent += [name] if not ast.get_docstring(node) and not node.name.startswith("_") else []
+    silent += [node.name for node in tree.body if isinstance(node, ast.ClassDef) and not ast.get_docstring(node)]
+    assert (bare, silent, shapeless - SHAPELESS.keys()) == ([], [], set())
+
+
+def has_bare_tensor(kind: ast.AST) -> bool:
+    """Is an argument, or a part of a union, a tensor of any shape? (Containers of tensors name theirs in words.)"""
+    if isinstance(kind, ast.BinOp):
+        return has_bare_tensor(kind.left) or has_bare_tensor(kind.right)
+    return isinstance(kind, ast.Name) and kind.id == "Tensor"
+
+
 def test_every_module_has_a_chapter_and_every_chapter_a_module():
     assert sorted(MODULES) == sorted(NUMBERS)
 
@@ -165,6 +247,24 @@ def run(code: str) -> str:
 def test_importing_the_package_loads_nothing_heavy():
     heavy = "{'torch', 'torchvision', 'scipy', 'numpy', 'matplotlib', 'pycocotools'}"
     assert run(f"import sys, detr_nb; dir(detr_nb); print(sorted({heavy} & set(sys.modules)))") == "[]"
+
+
+def test_the_public_names_load_no_plotting_and_no_compiler():
+    code = "import sys, torch, torchvision; before = set(sys.modules); import detr_nb\n"
+    code += "for name in detr_nb.__all__: getattr(detr_nb, name)\n"
+    heavy = "{'matplotlib', 'torch._dynamo', 'torch._inductor', 'transformers', 'pandas'}"
+    assert run(code + f"print(sorted({heavy} & (set(sys.modules) - before)))") == "[]"
+
+
+@pytest.mark.slow
+def test_all_public_names_cost_little_more_than_torch_and_torchvision():
+    """The best of three, each in a process of its own; the bound leaves room for a busy machine."""
+    clock = "import time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
+    everything = "import detr_nb; [getattr(detr_nb, name) for name in detr_nb.__all__]"
+    base, ours = (
+        min(float(run(clock.format(code))) for _ in range(3)) for code in ("import torch, torchvision", everything)
+    )
+    assert ours < 2 * base
 
 
 def test_the_public_names_need_no_development_tool():
@@ -227,7 +327,42 @@ def test_every_installed_version_runs_on_the_oldest_python():
     assert [name for name, versions in wanted.items() if not SpecifierSet(versions).contains("3.11.0")] == []
 
 
+def test_the_readme_has_every_part_that_it_promises():
+    text = (ROOT / "README.md").read_text("utf8")
+    for part in ("## Two commands", "## Three lines", "## Results", "## Chapters", "## Licence"):
+        assert f"{part}\n" in text
+    for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", text):
+        assert picture.startswith("https://") or (ROOT / picture).exists(), picture
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_readme_run():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf8"), re.S)
+    assert "'AP50': 0." in run(code)
+
+
 # --- packaging ----------------------------------------------------------------------------------------------------
+def brought_by(name: str, extra: str = "") -> set[str]:
+    """What an installation of a package brings, directly or not, by what the installed packages ask for."""
+    found, todo = set(), [(name, extra)]
+    while todo:
+        package, extra = todo.pop()
+        if canonicalize_name(package) in found:
+            continue
+        found.add(canonicalize_name(package))
+        wanted = map(Requirement, distribution(package).requires or ())
+        todo += [(part.name, "") for part in wanted if part.marker is None or part.marker.evaluate({"extra": extra})]
+    return found
+
+
+def test_the_library_alone_brings_no_notebook_tool_however_indirectly():
+    tools = re.compile("nbdev|jupyter|fastcore|execnb|ipython|ipykernel|nbclient|sphinx|pytest|hypothesis|beartype")
+    alone = brought_by("detr-nb")
+    assert {"torch", "torchvision", "numpy", "kiwisolver"} <= alone  # the last comes with matplotlib
+    assert [name for name in alone if tools.search(name)] == []
+    assert {"nbdev", "fastcore", "jupyter-book", "ipython"} <= brought_by("detr-nb", "dev"), "the test sees them"
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_the_package_and_asks_for_no_development_tool(tmp_path):
     source = tmp_path / "source"
