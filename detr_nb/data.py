@@ -496,9 +496,10 @@ def summary(problems: Sequence[Problem], limit: int = 20) -> str:
     if not problems:
         return "no problems found"
     counts = Counter(problem.kind for problem in problems).most_common()
-    head = f"{len(problems)} problems: " + ", ".join(f"{count} {kind}" for kind, count in counts)
+    kinds, plural = ", ".join(f"{count} {kind}" for kind, count in counts), "s" * (len(problems) > 1)
     rest = [f"  ... and {len(problems) - limit} more"] if len(problems) > limit else []
-    return "\n".join([head, *(f"  {problem}" for problem in problems[:limit]), *rest])
+    shown = [f"  {problem}" for problem in problems[:limit]]
+    return "\n".join([f"{len(problems)} problem{plural}: {kinds}", *shown, *rest])
 
 # %% ../nbs/05_data.ipynb #1107c291
 def to_sample(image: UInt8[Tensor, "3 y x"], target: Target) -> dict[str, Tensor]:
@@ -771,7 +772,13 @@ class MemoryDataset(Dataset):
         return self.images[index], self.targets[index]
 
 def in_memory(dataset: Dataset, size: tuple[int, int]) -> MemoryDataset:
-    """Read a whole dataset, every picture resized to (height, width); results are still reported in original pixels."""
+    """Read a whole dataset, every picture resized to (height, width); results are still reported in original pixels.
+
+    Raises:
+        ValueError: if the dataset has no images.
+    """
+    if not len(dataset):
+        raise ValueError("in_memory(dataset): there are 0 images in it: does its split or file list any?")
     resize = v2.Resize(list(size))
     images, targets = zip(*(apply_transform(resize, *dataset[i]) for i in range(len(dataset))), strict=True)
     return MemoryDataset(torch.stack(images), targets, dataset.names, dataset.category_ids)

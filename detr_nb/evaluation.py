@@ -90,7 +90,9 @@ def image_size(target: Target) -> tuple[int, int]:
         ValueError: if the target has no size.
     """
     if "size" not in target:
-        raise ValueError("a target has no size, so its boxes cannot be measured in pixels: add size=(height, width)")
+        name = target.get("image_id", "without an id")
+        raise ValueError(f"the target of image {name} has no size, so its boxes cannot be measured in pixels: "
+                         "add size=(height, width)")
     height, width = target["size"]
     return int(height), int(width)
 

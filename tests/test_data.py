@@ -349,7 +349,7 @@ def test_summary_counts_and_cuts():
     problems = [Problem("f", f"field {i}", "v", "r", KINDS[i % 2]) for i in range(30)]
     text = summary(problems, limit=3)
     assert text.startswith("30 problems: 15 ") and "field 2" in text and "field 3" not in text and "27 more" in text
-    assert summary([]) == "no problems found"
+    assert summary([]) == "no problems found" and summary(problems[:1]).startswith(f"1 problem: 1 {KINDS[0]}\n")
 
 
 # transforms
@@ -551,6 +551,12 @@ def test_in_memory_reports_in_original_pixels():
     dataset = in_memory(VocDataset(BCCD, "trainval"), (60, 80))
     assert dataset.images.shape == (3, 3, 60, 80) and dataset.targets[0]["size"] == (480, 640)
     torch.testing.assert_close(dataset.targets[0]["boxes"], VocDataset(BCCD, "trainval")[0][1]["boxes"])
+
+
+def test_an_empty_dataset_is_named():
+    dataset = MemoryDataset(torch.zeros(0, 3, 8, 8, dtype=torch.uint8), [], ["a"])
+    with pytest.raises(ValueError, match="there are 0 images"):
+        in_memory(dataset, (4, 4))
 
 
 def test_the_fast_path_is_fast():
