@@ -21,6 +21,7 @@ from detr_nb.losses import SetCriterion
 from detr_nb.matcher import HungarianMatcher
 from detr_nb.model import (
     DETRDemo,
+    cell_centres,
     check_images,
     check_padding,
     columns,
@@ -205,6 +206,19 @@ def test_the_mask_is_shrunk_by_picking_the_pixel_at_the_cell_start(height, width
     y = [row * height // rows for row in range(rows)]
     x = [col * width // cols for col in range(cols)]
     assert torch.equal(resize_padding(pad, (rows, cols))[0], pad[0][y][:, x])
+
+
+@given(sizes=st.lists(st.tuples(st.integers(1, 7), st.integers(1, 9)), min_size=1, max_size=3))
+def test_cell_centres_are_shares_of_the_unpadded_image(sizes):
+    pad = torch.ones(len(sizes), 7, 9, dtype=torch.bool)
+    for mask, (rows, cols) in zip(pad, sizes, strict=True):
+        mask[:rows, :cols] = False
+    centres = cell_centres(pad)
+    assert centres.isfinite().all()
+    for image, (rows, cols) in zip(centres, sizes, strict=True):
+        for row in range(rows):
+            for col in range(cols):
+                assert image[row, col].tolist() == pytest.approx([(col + 0.5) / cols, (row + 0.5) / rows])
 
 
 @given(classes=st.integers(1, 20), queries=st.integers(1, 20), height=st.integers(1, 2000), width=st.integers(1, 2000))
