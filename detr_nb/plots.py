@@ -154,7 +154,9 @@ def show_image(
     marks = [None] * count if scores is None else [float(score) for score in scores]
     for corner, kind, mark, tone in zip(corners, kinds, marks, tones, strict=True):
         draw_box(ax, corner, tone, caption(kind, names, mark))
-    ax.set(title=title, xticks=[], yticks=[])
+    words_on_top = (labels is not None or scores is not None) and any(y0 < height / 12 for _, y0, *_ in corners)
+    ax.set_title(title, pad=14 if words_on_top else 6)
+    ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
 
 # %% ../nbs/90_plots.ipynb #0e63aeec
@@ -306,6 +308,8 @@ def curves(
         few = "o" if len(x) <= 12 else None
         ax.plot(as_array(x), as_array(y), label=name, color=colour(place), linewidth=1.6, marker=few, markersize=3)
     finish(ax, list(lines), logx, logy, xlabel=xlabel, ylabel=ylabel, title=title)
+    if not logx and all((np.mod(as_array(x), 1) == 0).all() for x, _ in lines.values()):
+        ax.xaxis.get_major_locator().set_params(integer=True)  # no tick between two steps or two layers
     mark_places(ax, marks or {})
 
 # %% ../nbs/90_plots.ipynb #b4c7fa7f

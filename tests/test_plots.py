@@ -5,6 +5,8 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import matplotlib
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -132,6 +134,15 @@ def test_any_numbers_can_be_drawn(draw):
     assert {text.get_text() for text in ax.get_legend().get_texts()} == {"tensor", "array", "list", "4"}
 
 
+def test_no_tick_stands_between_two_steps():
+    (ax,) = plots.axes_grid(1)
+    plots.curves({"loss": (range(1, 5), [4, 3, 2, 1])}, ax=ax)
+    assert all(float(place).is_integer() for place in ax.get_xticks())
+    (ax,) = plots.axes_grid(1)
+    plots.curves({"share": ([0.5, 1.0, 1.5], [4, 3, 2])}, ax=ax)
+    assert not all(float(place).is_integer() for place in ax.get_xticks())
+
+
 def test_bars_have_the_given_heights():
     plots.bars({"a": 3, "b": torch.tensor(1.5), 7: 0})
     assert [patch.get_height() for patch in plt.gca().patches] == [3, 1.5, 0]
@@ -205,7 +216,6 @@ def test_the_map_names_chapters_as_their_files_do():
 @pytest.mark.slow
 def test_every_cell_of_a_notebook_shows_its_figure():
     """In a fresh kernel, where the first figure also switches matplotlib on."""
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     calls = ["axes_grid(2)", "bars({'a': 1})", "show_images([__import__('torch').rand(3, 8, 8)])", "pipeline('boxes')"]
     cells = [nbformat.v4.new_code_cell(f"import detr_nb.plots as p; p.{call};") for call in calls[:-1]]
     cells.append(nbformat.v4.new_code_cell(f"p.{calls[-1]}"))
