@@ -50,7 +50,8 @@ def test_equals_the_formula_cell_by_cell(pad, d, temperature):
 @pytest.mark.parametrize("d", [64, 256])
 @pytest.mark.parametrize("sizes", [[(6, 8), (4, 5)], [(25, 34), (19, 34), (25, 7)], [(1, 1)]])
 def test_equals_hugging_face(sizes, d, temperature):
-    detr = pytest.importorskip("transformers.models.detr.modeling_detr")
+    from transformers.models.detr import modeling_detr as detr
+
     pad = torch.ones(len(sizes), max(h for h, _ in sizes), max(w for _, w in sizes), dtype=torch.bool)
     for image, (height, width) in zip(pad, sizes, strict=True):
         image[:height, :width] = False
@@ -60,7 +61,8 @@ def test_equals_hugging_face(sizes, d, temperature):
 
 
 def test_learned_equals_hugging_face():
-    detr = pytest.importorskip("transformers.models.detr.modeling_detr")
+    from transformers.models.detr import modeling_detr as detr
+
     ours, peer = LearnedPositions(32), detr.DetrLearnedPositionEmbedding(16)
     peer.row_embeddings.load_state_dict(ours.row.state_dict())
     peer.column_embeddings.load_state_dict(ours.col.state_dict())

@@ -124,8 +124,8 @@ def test_decoder_equals_torchs_without_positions(b, q, s, pre_norm, causal, seed
 
 # --- Hugging Face's layers, with positions ------------------------------------------------------------------------
 def hugging_face(kind):
-    detr = pytest.importorskip("transformers.models.detr.modeling_detr", reason="transformers is not installed")
     from transformers import DetrConfig, ResNetConfig
+    from transformers.models.detr import modeling_detr as detr
 
     config = DetrConfig(
         backbone_config=ResNetConfig(), use_timm_backbone=False, use_pretrained_backbone=False, backbone=None,
