@@ -221,9 +221,9 @@ def test_dropout_acts_in_training_only_and_keeps_the_mean():
     expected = module.eval()(x, x, x)
     assert torch.equal(module(x, x, x), expected)
     module.train()
-    runs = torch.cat([module(x, x, x) for _ in range(2000)])
+    runs = torch.cat([module(x, x, x) for _ in range(400)])
     assert runs.std(0).max() > 0.01
-    assert ((runs.mean(0) - expected[0]).abs() < 6 * runs.std(0) / 2000**0.5 + 1e-6).all()
+    assert ((runs.mean(0) - expected[0]).abs() < 6 * runs.std(0) / 400**0.5 + 1e-6).all()
     torch.testing.assert_close(module.weights(x, x), module.eval().weights(x, x))
 
 

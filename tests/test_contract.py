@@ -43,7 +43,7 @@ BUILDS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "detr_resnet101_dc5": (partial(detr_resnet101_dc5, **RESNET), QUERIES, LAYERS),
     "DETRDemo": (partial(DETRDemo, CLASSES, **SMALL), 100, 1),
 }
-LARGE = {"detr_resnet50", "detr_resnet50_dc5", "detr_resnet101", "detr_resnet101_dc5"}
+LARGE = {"detr_resnet50", "detr_resnet50_dc5", "detr_resnet101", "detr_resnet101_dc5", "DETRDemo"}
 every_build = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in BUILDS]
 )
