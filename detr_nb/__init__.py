@@ -22,7 +22,10 @@ _PUBLIC = {
     "detr_tiny": "model",
     "evaluate": "evaluation",
     "fit": "training",
+    "load_pretrained": "pretrained",
     "postprocess": "model",
+    "replace_head": "pretrained",
+    "resize_queries": "pretrained",
 }
 
 __all__ = ["__version__", *_PUBLIC]

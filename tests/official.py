@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -12,50 +11,16 @@ from torch import Tensor
 from detr_nb.backbone import ResNet
 from detr_nb.model import DETR, detr
 from detr_nb.notation import Target
+from detr_nb.pretrained import OFFICIAL, rename, split_stacked
 
 DATA = Path(__file__).parent / "data"
 spec = importlib.util.spec_from_file_location("fill", DATA / "fill.py")
 fill = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fill)
 
-# Official names on the left, ours on the right; the query, key and value maps are split before.
-RENAMES = [
-    (r"^backbone\.0\.body\.", "memory.backbone.body."),
-    (r"^input_proj\.", "memory.project."),
-    (r"^query_embed\.", "queries.embedding."),
-    (r"^class_embed\.", "decoder.head.classes."),
-    (r"^bbox_embed\.layers\.(\d)\.", lambda m: f"decoder.head.boxes.{2 * int(m[1])}."),
-    (r"^transformer\.", ""),
-    (r"\.self_attn\.", ".attention."),
-    (r"\.multihead_attn\.", ".cross.attention."),
-    (r"\.out_proj\.", ".out."),
-    (r"\.linear1\.", ".feed_forward.0."),
-    (r"\.linear2\.", ".feed_forward.3."),
-    (r"\.norm1\.", ".attention_step.norm."),
-    (r"(encoder.*)\.norm2\.", r"\1.feed_step.norm."),
-    (r"(decoder.*)\.norm2\.", r"\1.cross_step.norm."),
-    (r"\.norm3\.", ".feed_step.norm."),
-]
-
-
-def our_name(name: str) -> str:
-    """The name that our models give to an official parameter or buffer."""
-    for pattern, ours in RENAMES:
-        name = re.sub(pattern, ours, name)
-    return name
-
-
-def ours(official: dict[str, np.ndarray]) -> dict[str, Tensor]:
-    """An official state dict under our names, with the stacked query, key and value maps apart."""
-    state = {}
-    for name, array in official.items():
-        value = torch.from_numpy(array)
-        if match := re.match(r"(.*)in_proj_(weight|bias)$", name):
-            for part, third in zip("qkv", value.chunk(3), strict=True):
-                state[our_name(f"{match[1]}{part}.{match[2]}")] = third
-        else:
-            state[our_name(name)] = value
-    return state
+def official_weights(reference: str) -> dict[str, Tensor]:
+    """The weights of a reference under the names of the authors, as their checkpoints hold them."""
+    return {name: torch.from_numpy(array) for name, array in fill.state_dict(DATA / reference).items()}
 
 
 class Reference:
@@ -68,13 +33,17 @@ class Reference:
     def __init__(self, name: str):
         self.args = json.loads((DATA / f"{name}.json").read_text())["args"]
         self.values = np.load(DATA / f"{name}.npz")
-        self.state = ours(fill.state_dict(DATA / name))
+        self.state = split_stacked({rename(key, OFFICIAL): value for key, value in official_weights(name).items()})
 
-    def model(self, num_classes: int = 91) -> DETR:
-        """Our model with the official weights, every one of which must find its place."""
+    def fresh_model(self, num_classes: int = 91) -> DETR:
+        """Our model with the architecture of the reference and random weights."""
         sizes = ("hidden_dim", "nheads", "enc_layers", "dec_layers", "dim_feedforward")
         backbone = ResNet(self.args["backbone"], pretrained=False)
-        model = detr(backbone, num_classes, self.args["num_queries"], **{key: self.args[key] for key in sizes})
+        return detr(backbone, num_classes, self.args["num_queries"], **{key: self.args[key] for key in sizes})
+
+    def model(self) -> DETR:
+        """Our model with the official weights, every one of which must find its place."""
+        model = self.fresh_model()
         model.load_state_dict(self.state)
         return model.eval()
 
