@@ -6,6 +6,7 @@
 __all__ = ['BasicBlock', 'TinyBackbone', 'append_coordinates', 'imagenet_weights', 'resnet_body', 'ResNet', 'parameter_groups']
 
 # %% ../nbs/06_backbone.ipynb #b8040de7
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -49,23 +50,31 @@ class TinyBackbone(nn.Module):
     """A residual net for small pictures and small computers: stride 4 at once, then one block a stage.
 
     Args:
-        widths: channels of the stages; the first has stride 4, each later one halves the grid.
+        widths: channels of the stages.
+        strides: pixels from one cell to the next after each stage; the first is 4, the stem's.
         coordinates: append two channels with each pixel's place (see `append_coordinates`).
 
     Attributes:
         widths: channels of each feature map.
         strides: pixels from one cell to the next in each feature map.
         channels: channels of the last feature map.
+
+    Raises:
+        ValueError: if there is not one stride for every stage, the first is not 4, or one is no multiple of the last.
     """
 
-    def __init__(self, widths: tuple[int, ...] = (32, 64, 128), coordinates: bool = False):
+    def __init__(
+        self, widths: tuple[int, ...] = (32, 64, 128), strides: tuple[int, ...] = (4, 8, 16), coordinates: bool = False
+    ):
         super().__init__()
-        self.coordinates, self.widths, self.channels = coordinates, widths, widths[-1]
-        self.strides = tuple(4 * 2**stage for stage in range(len(widths)))
+        if len(strides) != len(widths) or strides[0] != 4 or any(b % a for a, b in pairwise(strides)):
+            raise ValueError(f"strides must be {len(widths)} numbers, the first 4, each a multiple of the one before; "
+                             f"got {strides}")
+        self.coordinates, self.widths, self.strides, self.channels = coordinates, widths, strides, widths[-1]
         self.stem = nn.Sequential(
             nn.Conv2d(3 + 2 * coordinates, widths[0], 8, 4, 2, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
         )
-        steps = (1, *(2 for _ in widths[1:]))
+        steps = (1, *(b // a for a, b in pairwise(strides)))
         self.stages = nn.ModuleList(map(BasicBlock, (widths[0], *widths[:-1]), widths, steps))
 
     def forward(self, images: Float[Tensor, "b 3 y x"]) -> list[Float[Tensor, "b _ _ _"]]:

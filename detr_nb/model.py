@@ -307,7 +307,7 @@ def detr_resnet18(
 
 # %% ../nbs/08_model.ipynb #934c398f
 TINY = {
-    "hidden_dim": 128, "nheads": 4, "enc_layers": 2, "dec_layers": 3, "dim_feedforward": 256,
+    "hidden_dim": 128, "nheads": 4, "enc_layers": 1, "dec_layers": 3, "dim_feedforward": 256,
     "dropout": 0.0, "pre_norm": True, "temperature": 20,
 }
 
@@ -335,7 +335,7 @@ def load_tiny_weights(model: DETR) -> DETR:
 
 # %% ../nbs/08_model.ipynb #568beda9
 def detr_tiny(
-    pretrained: bool = False, num_classes: int = 6, num_queries: int = 25, **sizes: Number | tuple[int, ...]
+    pretrained: bool = False, num_classes: int = 6, num_queries: int = 16, **sizes: Number | tuple[int, ...]
 ) -> DETR:
     """A DETR of about a million parameters for 128 x 128 pixels, which two CPU cores train in minutes.
 
@@ -348,7 +348,7 @@ def detr_tiny(
     Raises:
         ValueError: if the other arguments do not fit the pretrained weights.
     """
-    model = detr(TinyBackbone(), num_classes, num_queries, **(TINY | sizes))
+    model = detr(TinyBackbone(strides=(4, 8, 8)), num_classes, num_queries, **(TINY | sizes))
     return load_tiny_weights(model) if pretrained else model
 
 # %% ../nbs/08_model.ipynb #85e250a4

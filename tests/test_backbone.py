@@ -1,6 +1,9 @@
 """Backbones against torchvision's own reading of its networks, and the traps of freezing."""
 
 import json
+import re
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 from urllib.error import URLError
 
@@ -166,18 +169,23 @@ def test_the_remedy_works(empty_cache, monkeypatch):
 # --- TinyBackbone -------------------------------------------------------------------------------------------------
 @given(
     y=st.integers(8, 70), x=st.integers(8, 70), widths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
-    coordinates=st.booleans(),
+    coordinates=st.booleans(), data=st.data(),
 )
 @settings(max_examples=25)
-def test_tiny_grids(y, x, widths, coordinates):
-    net = TinyBackbone(tuple(widths), coordinates).eval()
+def test_tiny_grids(y, x, widths, coordinates, data):
+    steps = data.draw(st.lists(st.sampled_from([1, 2]), min_size=len(widths) - 1, max_size=len(widths) - 1))
+    strides = tuple(accumulate(steps, mul, initial=4))
+    net = TinyBackbone(tuple(widths), strides, coordinates).eval()
     features = net(torch.randn(2, 3, y, x))
-    rows, columns = y // 4, x // 4
-    for f, width, stride in zip(features, net.widths, net.strides, strict=True):
-        assert f.shape == (2, width, rows, columns)
-        assert stride == 4 or (rows, columns) == (-(-(y // 4) // (stride // 4)), -(-(x // 4) // (stride // 4)))
-        rows, columns = -(-rows // 2), -(-columns // 2)
-    assert net.channels == widths[-1]
+    assert net.strides == strides and net.channels == widths[-1]
+    for f, width, stride in zip(features, widths, strides, strict=True):
+        assert f.shape == (2, width, -(-(y // 4) // (stride // 4)), -(-(x // 4) // (stride // 4)))
+
+
+@pytest.mark.parametrize("strides", [(4, 8), (8, 16, 32), (4, 6, 8), (4, 8, 4)])
+def test_impossible_strides_are_refused(strides):
+    with pytest.raises(ValueError, match=re.escape(str(strides))):
+        TinyBackbone(strides=strides)
 
 
 def test_tiny_moves_with_the_picture():
