@@ -20,6 +20,8 @@ _PUBLIC = {
     "detr_resnet50": "model",
     "detr_resnet50_dc5": "model",
     "detr_tiny": "model",
+    "download_bccd": "downloads",
+    "download_coco": "downloads",
     "evaluate": "evaluation",
     "fit": "training",
     "load_pretrained": "pretrained",

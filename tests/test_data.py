@@ -1,8 +1,10 @@
-"""Real data: readers against pycocotools and Pillow, transforms against painted boxes, loaders against themselves."""
+"""Real data: readers against pycocotools and Pillow, transforms against painted boxes and the paper, loaders."""
 
 import json
 import os
 import pickle
+import random
+import shutil
 import time
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -16,7 +18,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+from scipy.stats import ks_2samp
 from torch.utils.data import Dataset
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from detr_nb.boxes import cxcywh_to_xyxy, scale_boxes, xyxy_to_cxcywh, xyxy_to_xywh
@@ -31,15 +35,18 @@ from detr_nb.data import (
     RandomSizeCrop,
     Transformed,
     VocDataset,
+    YoloDataset,
     apply_transform,
     check_data,
     collate,
     denormalise,
     epoch_loader,
     eval_transform,
+    fitted_size,
     in_memory,
     normalise,
     pad_images,
+    picture_size,
     read_image,
     summary,
     train_transform,
@@ -95,6 +102,7 @@ def test_exif_notes_are_obeyed(tmp_path, note):
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     expected = torch.from_numpy(turned_by_hand(pixels, note).copy()).permute(2, 0, 1)
     torch.testing.assert_close(read_image(tmp_path / "a.png"), expected)
+    assert picture_size(tmp_path / "a.png") == tuple(expected.shape[1:])
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "I"])
@@ -112,13 +120,21 @@ def test_every_mode_becomes_three_colours(tmp_path, mode):
     torch.testing.assert_close(image, torch.from_numpy(grey).expand(3, 2, 3), atol=2, rtol=0)
 
 
+def test_a_picture_of_one_pixel_can_be_written_to(tmp_path):
+    Image.new("RGB", (1, 1), (1, 2, 3)).save(tmp_path / "a.png")
+    image = read_image(tmp_path / "a.png")
+    image += 1
+    assert image.flatten().tolist() == [2, 3, 4]
+
+
 @pytest.mark.parametrize("content", [b"", b"not a picture", b"\xff\xd8\xff\xe0 rubbish"])
 def test_unreadable_pictures_are_named(tmp_path, content):
     (tmp_path / "bad.jpg").write_bytes(content)
     with pytest.raises(DataError, match=r"bad\.jpg: picture is .*restore the file"):
         read_image(tmp_path / "bad.jpg")
-    with pytest.raises(DataError, match=r"absent\.jpg"):
-        read_image(tmp_path / "absent.jpg")
+    for read in (read_image, picture_size):
+        with pytest.raises(DataError, match=r"absent\.jpg"):
+            read(tmp_path / "absent.jpg")
 
 
 # readers
@@ -242,11 +258,170 @@ def test_voc_details(tmp_path):
 def test_bccd_boxes_equal_a_plain_reading_of_the_files():
     dataset = VocDataset(BCCD, "trainval", drop_degenerate=False)
     assert dataset.names == ["Platelets", "RBC", "WBC"]
-    for stem, (image, target) in zip(dataset.stems, map(dataset.__getitem__, range(3)), strict=True):
+    for (_, stem), (image, target) in zip(dataset.items, map(dataset.__getitem__, range(3)), strict=True):
         root = ET.parse(BCCD / "Annotations" / f"{stem}.xml").getroot()
         written = [[float(side.text) for side in box] for box in root.iter("bndbox")]
         torch.testing.assert_close(corners_in_pixels(image, target), torch.tensor(written), atol=1e-3, rtol=0)
         assert [dataset.names[i] for i in target["labels"]] == [name.text for name in root.iter("name")]
+
+
+def yolo_folder(path, texts, names="names: [ant, bee]\n", size=(60, 40)):
+    """A YOLO folder with blank pictures of 40 rows and 60 columns; a text of None writes no file."""
+    for part in ("images", "labels"):
+        (path / part).mkdir(parents=True, exist_ok=True)
+    for stem, text in texts.items():
+        Image.new("RGB", size).save(path / "images" / f"{stem}.png")
+        if text is not None:
+            (path / "labels" / f"{stem}.txt").write_text(text)
+    (path / "data.yaml").write_text(names)
+    return YoloDataset(path / "images", path / "data.yaml")
+
+
+def test_yolo_equals_voc_on_the_same_photographs(tmp_path):
+    """The text files are written from the XML with plain arithmetic; the bad box goes along."""
+    voc = VocDataset(BCCD, "trainval")
+    for part in ("train/images", "train/labels"):  # the other usual layout
+        (tmp_path / part).mkdir(parents=True)
+    for _, stem in voc.items:
+        shutil.copy(BCCD / "JPEGImages" / f"{stem}.jpg", tmp_path / "train" / "images")
+        lines = []
+        for thing in ET.parse(BCCD / "Annotations" / f"{stem}.xml").getroot().iter("object"):
+            x0, y0, x1, y1 = (float(side.text) for side in thing.find("bndbox"))
+            shares = ((x0 + x1) / 2 / 640, (y0 + y1) / 2 / 480, (x1 - x0) / 640, (y1 - y0) / 480)
+            lines.append(" ".join(map(str, (voc.names.index(thing.findtext("name")), *shares))))
+        (tmp_path / "train" / "labels" / f"{stem}.txt").write_text("\n".join(lines))
+    yolo = YoloDataset(tmp_path / "train" / "images", voc.names)
+    assert (yolo.names, yolo.category_ids, len(yolo)) == (voc.names, [0, 1, 2], 3)
+    for (image, target), (photo, truth) in zip(yolo, voc, strict=True):
+        assert torch.equal(image, photo) and torch.equal(target["labels"], truth["labels"])
+        torch.testing.assert_close(target["boxes"], truth["boxes"])
+        assert target["size"] == (480, 640)
+    (problem,) = check_data(yolo)
+    assert problem.kind == "degenerate" and problem.field == "line 4 box"
+
+
+@pytest.mark.parametrize(
+    "names", ["[ant, bee]", "\n- ant\n- bee\ntrain: x\n", "\n  0: ant\n  1: bee\n", "{1: bee, 0: ant}"]
+)
+def test_yolo_names_are_listed_or_numbered(tmp_path, names):
+    dataset = yolo_folder(tmp_path, {"a": "1 0.5 0.5 0.5 0.5\n", "b": "", "c": None}, f"names: {names}")
+    assert (dataset.names, dataset.category_ids) == (["ant", "bee"], [0, 1])
+    assert [target["labels"].tolist() for _, target in dataset] == [[1], [], []]
+    assert dataset[2][1]["boxes"].shape == (0, 4) and check_data(dataset) == []
+
+
+def test_yolo_numbers_may_have_holes(tmp_path):
+    dataset = yolo_folder(tmp_path, {"a": "7 0.5 0.5 0.5 0.5\n3 0.5 0.5 0.2 0.2\n"}, "names: {7: bee, 3: ant}")
+    labels = dataset[0][1]["labels"].tolist()
+    assert labels == [1, 0] and [dataset.category_ids[label] for label in labels] == [7, 3]
+
+
+def test_yolo_shares_are_of_the_turned_picture(tmp_path):
+    dataset, exif = yolo_folder(tmp_path, {"a": "0 0.5 0.25 0.5 0.5\n"}), Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (60, 40)).save(tmp_path / "images" / "a.png", exif=exif)
+    image, target = dataset[0]
+    assert image.shape == (3, 60, 40)
+    torch.testing.assert_close(dataset.record(0).boxes_xyxy, torch.tensor([[10.0, 0, 30, 30]]).double())
+    torch.testing.assert_close(target["boxes"], torch.tensor([[0.5, 0.25, 0.5, 0.5]]))
+
+
+YOLO_FAULTS = {
+    "0 0.5 0.5 0.5": ("non-finite", "line 2 box", "0.5 0.5 0.5"),
+    "0 0.5 0.5 0.5 0.5 0.9": ("non-finite", "line 2 box", "0.5 0.5 0.5 0.5 0.9"),
+    "0 0.5 nan 0.5 0.5": ("non-finite", "line 2 box", "0.5 nan 0.5 0.5"),
+    "0 0.5 0.5 0 0.5": ("degenerate", "line 2 box", "0.5 0.5 0 0.5"),
+    "0 30 20 10 10": ("out of image", "line 2 box", "30 20 10 10"),
+    "1 0.3 0.3 0.2 0.2": ("duplicate", "line 2 box", "0.3 0.3 0.2 0.2"),
+    "2 0.5 0.5 0.5 0.5": ("unknown class", "line 2 class", "2"),
+    "bee 0.5 0.5 0.5 0.5": ("unknown class", "line 2 class", "'bee'"),
+}
+
+
+@pytest.mark.parametrize("line", YOLO_FAULTS)
+def test_yolo_faults_are_named_by_their_line(tmp_path, line):
+    dataset = yolo_folder(tmp_path, {"a": f"1 0.3 0.3 0.2 0.2\n{line}\n"})
+    (problem,) = check_data(dataset)
+    assert (problem.kind, problem.field, problem.value) == YOLO_FAULTS[line]
+    assert problem.file == str(tmp_path / "labels" / "a.txt") and problem.remedy
+
+
+def test_yolo_files_that_cannot_be_used(tmp_path):
+    dataset = yolo_folder(tmp_path, {"a": "", "b": "", "c": ""})
+    (tmp_path / "images" / "a.png").write_bytes(b"no picture")
+    (tmp_path / "labels" / "b.txt").write_bytes(b"\xff\xfe\x00")
+    for name in ("lost", "classes"):
+        (tmp_path / "labels" / f"{name}.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    found = [(Path(p.file).name, p.field, p.kind) for p in check_data(dataset)]
+    assert found == [
+        ("lost.txt", "picture", "orphan"), ("a.png", "picture", "unreadable"), ("b.txt", "content", "unreadable")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["names: coco.names", "train: x", "names: [", "names: 3", "", None])
+def test_yolo_names_that_cannot_be_read(tmp_path, text):
+    yolo_folder(tmp_path, {"a": ""})
+    (tmp_path / "data.yaml").unlink() if text is None else (tmp_path / "data.yaml").write_text(text)
+    with pytest.raises(DataError, match=r"data\.yaml: names is"):
+        YoloDataset(tmp_path / "images", tmp_path / "data.yaml")
+
+
+def test_yolo_folders_that_are_missing(tmp_path):
+    (tmp_path / "images").mkdir()
+    with pytest.raises(DataError, match=r"labels: folder of labels is missing .*beside `images`"):
+        YoloDataset(tmp_path / "images", ["ant"])
+    with pytest.raises(DataError, match="folder of images is missing"):
+        YoloDataset(tmp_path / "absent" / "images", ["ant"])
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(DataError, match="beside `images`"):
+        YoloDataset(tmp_path / "pictures", ["ant"])
+
+
+# broken files, skipped by choice
+
+
+def one_of_four_broken(path, reader):
+    """The broken picture of a dataset of four in one of three formats, and the dataset as a function of the choice."""
+    if reader == "coco":
+        rows = [{"id": i, "image_id": i, "category_id": 1, "bbox": [1, 1, 5, 5]} for i in range(1, 5)]
+        coco_folder(path, rows, images=[{"id": i} for i in range(1, 5)])
+        broken, make = path / "2.png", lambda **choice: CocoDataset(path, path / "a.json", **choice)
+    elif reader == "voc":
+        for i in range(4):
+            voc_folder(path, [("ant", (1, 1, 9, 9))], stem=f"s{i}")
+        broken, make = path / "JPEGImages" / "s1.jpg", lambda **choice: VocDataset(path, "train", **choice)
+    else:
+        yolo_folder(path, {f"s{i}": "0 0.5 0.5 0.5 0.5\n" for i in range(4)})
+        broken, make = path / "images" / "s1.png", lambda **choice: YoloDataset(path / "images", ["ant"], **choice)
+    broken.write_bytes(broken.read_bytes()[:60])
+    return broken, make
+
+
+@pytest.mark.parametrize("reader", ["coco", "voc", "yolo"])
+def test_unreadable_images_stop_unless_one_chooses_to_skip_them(tmp_path, reader):
+    broken, make = one_of_four_broken(tmp_path, reader)
+    strict = make()
+    assert len(strict) == 4 and strict.skipped == []
+    ids = [strict[i][1]["image_id"] for i in (0, 2, 3)]
+    with pytest.raises(DataError, match=broken.name):
+        strict[1]
+    with pytest.warns(UserWarning, match=rf"1 of 4 images are skipped, the first because .*{broken.name}"):
+        healthy = make(skip_unreadable=True)
+    assert [target["image_id"] for _, target in healthy] == ids, "the others keep their numbers"
+    assert [(problem.file, problem.kind) for problem in healthy.skipped] == [(str(broken), "unreadable")]
+    assert check_data(healthy) == healthy.skipped == check_data(strict), "what is skipped is still reported"
+
+
+@pytest.mark.parametrize("reader", ["coco", "voc", "yolo"])
+def test_nothing_else_is_skipped(tmp_path, reader, recwarn):
+    broken, make = one_of_four_broken(tmp_path, reader)
+    Image.new("RGB", (60, 40)).save(broken)
+    assert len(make(skip_unreadable=True)) == 4 and not recwarn
+    wrong = yolo_folder(tmp_path / "wrong", {"a": "5 0.5 0.5 0.5 0.5\n", "b": ""})
+    wrong = YoloDataset(wrong.folder, ["ant"], skip_unreadable=True)
+    assert len(wrong) == 2 and wrong.skipped == []
+    with pytest.raises(DataError, match="class is 5"):
+        wrong[0]
 
 
 def test_coco_mini_equals_pycocotools(capsys):
@@ -318,7 +493,7 @@ def test_one_broken_file_hides_no_other(tmp_path):
 def test_wild_entries_do_not_stop_the_check(tmp_path):
     rows = [{"image_id": 1, "category_id": 1, "bbox": [1, 1, 5, 5]}, {"category_id": [1], "bbox": {}}, {"image_id": 2}]
     dataset = coco_folder(tmp_path, rows, images=({"id": 1}, {"id": 2}))
-    del dataset.images[0]["file_name"]
+    del dataset.items[0]["file_name"]
     kinds = Counter(p.kind for p in check_data(dataset))
     assert kinds == {"orphan": 1, "unreadable": 1, "non-finite": 1, "unknown class": 1}
 
@@ -401,12 +576,86 @@ def test_transforms_leave_their_input_alone():
 
 
 @pytest.mark.parametrize(
-    ("size", "expected"), [((480, 640), (800, 1066)), ((300, 1000), (399, 1333)), ((1000, 300), (1333, 399))]
+    ("size", "expected"), [((480, 640), (800, 1066)), ((300, 1000), (400, 1333)), ((1000, 300), (1333, 400))]
 )
 def test_eval_transform_gives_the_papers_sizes_and_loses_nothing(size, expected):
     image, target = apply_transform(eval_transform(), *painted(size, [(10, 10, 12, 11)]))
-    assert abs(image.shape[1] - expected[0]) <= 1 and abs(image.shape[2] - expected[1]) <= 1
-    assert max(image.shape) <= 1333 and len(target["boxes"]) == 1
+    assert image.shape[1:] == expected and len(target["boxes"]) == 1
+
+
+def paper_size(height, width, short, longest):
+    """The authors' rule for the size after a resize, step by step."""
+    low, high = min(height, width), max(height, width)
+    if longest is not None and high / low * short > longest:
+        short = int(round(longest * low / high))
+    if width < height:
+        return int(short * height / width), short
+    return short, int(short * width / height)
+
+
+@given(st.integers(1, 2000), st.integers(1, 2000), st.integers(1, 1000), st.integers(600, 1400))
+def test_sizes_are_the_authors_to_the_pixel(height, width, short, longest):
+    assert fitted_size((height, width), short, longest) == paper_size(height, width, short, longest)
+    assert fitted_size((height, width), short) == paper_size(height, width, short, None)
+
+
+def paper_augmentation(size, box, rng):
+    """The paper's procedure on one box, in plain Python: size of the picture, corners of the box in shares of it."""
+    (height, width), (x0, y0, x1, y1) = size, box
+    if rng.random() < 0.5:
+        x0, x1 = width - x1, width - x0
+
+    def resized(short, longest):
+        new = paper_size(height, width, short, longest)
+        return *new, x0 * new[1] / width, y0 * new[0] / height, x1 * new[1] / width, y1 * new[0] / height
+
+    if rng.random() < 0.5:
+        height, width, x0, y0, x1, y1 = resized(rng.choice([400, 500, 600]), None)
+        columns, rows = rng.randint(384, min(width, 600)), rng.randint(384, min(height, 600))
+        left, top = rng.randint(0, width - columns), rng.randint(0, height - rows)
+        x0, x1 = (min(max(x - left, 0), columns) for x in (x0, x1))
+        y0, y1 = (min(max(y - top, 0), rows) for y in (y0, y1))
+        height, width = rows, columns
+    height, width, x0, y0, x1, y1 = resized(rng.choice(range(480, 801, 32)), 1333)
+    return height, width, x0 / width, y0 / height, x1 / width, y1 / height
+
+
+def drawn(transform, size, box, count):
+    """What a transform makes of one box, many times: the columns of `paper_augmentation`."""
+    boxes, rows = tv_tensors.BoundingBoxes([list(map(float, box))], format="XYXY", canvas_size=size), []
+    for _ in range(count):
+        out = transform({"boxes": boxes})["boxes"]
+        height, width = out.canvas_size
+        rows.append((height, width, *(out[0] / torch.tensor([width, height, width, height])).tolist()))
+    return np.array(rows)
+
+
+def worst_agreement(ours, paper):
+    """The smallest p-value of Kolmogorov and Smirnov's test over the columns, and over products of two of them."""
+    pairs, rounded = [(0, 1), (1, 2), (0, 3), (2, 3), (1, 4)], [rows.round(3) for rows in (ours, paper)]
+    both = [np.column_stack([rows, *(rows[:, i] * rows[:, j] for i, j in pairs)]) for rows in rounded]
+    return min(ks_2samp(a, b).pvalue for a, b in zip(both[0].T, both[1].T, strict=True))
+
+
+def paper_and_ours(transform, size, count):
+    """The same box under the paper's procedure and under a transform, many times."""
+    torch.manual_seed(0)
+    rng, box = random.Random(1), (0.3 * size[1], 0.25 * size[0], 0.55 * size[1], 0.7 * size[0])
+    return np.array([paper_augmentation(size, box, rng) for _ in range(count)]), drawn(transform, size, box, count)
+
+
+@pytest.mark.parametrize("size", [(480, 640), (640, 427), (400, 1200)])
+def test_augmentation_is_distributed_as_the_papers(size):
+    assert worst_agreement(*paper_and_ours(train_transform(), size, 4000)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"crop": None}, {"flip": 0}, {"crop": (300, 600)}, {"short_sides": range(480, 705, 32)}, {"before_crop": (400,)},
+     {"longest": 900}],
+)  # fmt: skip
+def test_another_recipe_would_be_noticed(change):
+    assert worst_agreement(*paper_and_ours(train_transform(**change), (480, 640), 2500)) < 1e-6
 
 
 def test_the_crop_never_exceeds_a_small_image():
@@ -440,10 +689,29 @@ def test_normalise_is_exact_and_takes_bytes_only():
         normalise(image.float())
 
 
+def test_collate_equals_normalise_then_pad():
+    samples = [painted(size, [(1, 1, 5, 5)]) for size in ((8, 9), (9, 8), (20, 6))]
+    images, pad = pad_images([normalise(image, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)) for image, _ in samples])
+    batch = collate(samples, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert torch.equal(batch.images, images) and torch.equal(batch.pad, pad)
+    with pytest.raises(ValueError, match="at least one image"):
+        collate([])
+
+
 def test_batches_move_to_a_device_whole():
     batch = collate([painted((8, 9), [(1, 1, 5, 5)]), painted((9, 8), [])]).to("meta")
     assert isinstance(batch, Batch) and {batch.images.device.type, batch.pad.device.type} == {"meta"}
     assert batch.targets[0]["boxes"].device.type == "meta" and batch.targets[0]["image_id"] == 3
+
+
+@pytest.mark.gpu
+def test_pinned_batches_reach_the_card_unchanged():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    dataset = VocDataset(BCCD, "trainval")
+    for batch, plain in zip(epoch_loader(dataset, RECIPE, 2), epoch_loader(dataset, RECIPE, 2, workers=1), strict=True):
+        assert batch.images.is_pinned() and batch.targets[0]["boxes"].is_pinned()
+        torch.testing.assert_close(batch.to("cuda").images.cpu(), plain.images)
 
 
 # loaders
