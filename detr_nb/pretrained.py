@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Rules', 'OFFICIAL', 'PUBLISHED', 'HUGGING_FACE', 'SUFFIXES', 'LAYOUTS', 'COCO_NAMES', 'rename', 'split_stacked',
-           'rows', 'resnet_blocks', 'architecture', 'short_list', 'differences', 'misfits', 'hidden_settings',
-           'Checkpoint', 'unpickle_tensors', 'read_torch', 'download', 'folder_config', 'config_settings',
-           'read_hugging_face', 'from_hub', 'locate', 'read_checkpoint', 'our_names', 'load_pretrained', 'checked_ids',
-           'replace_head', 'inside', 'parameters_in', 'freeze', 'rate_groups', 'resize_queries']
+           'rows', 'resnet_blocks', 'architecture', 'differences', 'misfits', 'hidden_settings', 'Checkpoint',
+           'unpickle_tensors', 'read_torch', 'download', 'folder_config', 'config_settings', 'read_hugging_face',
+           'from_hub', 'locate', 'read_checkpoint', 'our_names', 'load_pretrained', 'checked_ids', 'replace_head',
+           'inside', 'parameters_in', 'freeze', 'rate_groups', 'resize_queries']
 
-# %% ../nbs/14_pretrained.ipynb #e1c37cad
+# %% ../nbs/14_pretrained.ipynb #436c01fa
 import argparse
 import json
 import os
@@ -17,10 +17,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor, nn
 
+from .data import short_list
 from .model import DETR, ObjectQueries, columns
 from .notation import Number
 
@@ -98,33 +100,25 @@ def architecture(state: Mapping[str, Tensor]) -> dict[str, int | str | None]:
         "backbone": resnet_blocks(state),
     }
 
-# %% ../nbs/14_pretrained.ipynb #5264444d
-def short_list(names: Iterable[str], limit: int = 3) -> str:
-    """The first names in order, and how many there are besides."""
-    names = sorted(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
+# %% ../nbs/14_pretrained.ipynb #6dc4e557
 def differences(theirs: Mapping[str, object], ours: Mapping[str, object]) -> list[str]:
     """One phrase for every setting that both sides know and that differs."""
     return [f"{key} is {theirs[key]} in the file and {ours[key]} in the model"
-            for key in ours if key in theirs and theirs[key] != ours[key]]
+            for key in ours if None not in (theirs.get(key), ours[key]) and theirs[key] != ours[key]]
 
 
 def misfits(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
     """What keeps a state dict from fitting another: arguments of the build function, or else single tensors."""
-    found = differences(architecture(state), architecture(own))
-    if found:
-        return [*found, "build the model with the file's values; replace_head and resize_queries change classes and "
-                        "queries afterwards"]
+    if found := differences(architecture(state), architecture(own)):
+        return found
     both = state.keys() & own.keys()
+    shapes = {name: [tuple(where[name].shape) for where in (state, own)] for name in both}
     kinds = {
         "missing from the file": own.keys() - both,
         "unknown to the model": state.keys() - both,
-        "of another shape": {name for name in both if state[name].shape != own[name].shape},
+        "of another shape": {f"{name} {a} for {b}" for name, (a, b) in shapes.items() if a != b},
     }
-    return [f"{len(names)} tensors {kind}: {short_list(names)}" for kind, names in kinds.items() if names]
+    return [f"{kind}: {short_list(sorted(names), 3)}" for kind, names in kinds.items() if names]
 
 # %% ../nbs/14_pretrained.ipynb #5406df4a
 def hidden_settings(model: nn.Module) -> dict[str, object]:
@@ -170,7 +164,7 @@ def unpickle_tensors(path: Path) -> object:
         raise ValueError(f"{path} is damaged, cut off or no checkpoint ({os.path.getsize(path)} bytes): get it again; "
                          f"reading it ended in {type(error).__name__}") from error
 
-# %% ../nbs/14_pretrained.ipynb #fba5bb59
+# %% ../nbs/14_pretrained.ipynb #96070abe
 def read_torch(path: Path) -> Checkpoint:
     """Read a checkpoint of the authors or of ours, or a bare state dict.
 
@@ -182,7 +176,7 @@ def read_torch(path: Path) -> Checkpoint:
     state = saved.get("model", saved)
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no weights: expected a state dict, or one under the key 'model'; "
-                         f"found {short_list(map(str, saved), 5) or 'no dictionary'}")
+                         f"found {short_list(saved, 5) or 'no dictionary'}")
     told = vars(saved.get("args", argparse.Namespace()))
     settings = {key: told[key] for key in ("nheads", "pre_norm", "dilation") if key in told}
     if path.name in {address.rpartition("/")[2] for address in PUBLISHED.values()} and "demo" not in path.name:
@@ -199,7 +193,7 @@ PUBLISHED = {
     }.items()
 }
 
-# %% ../nbs/14_pretrained.ipynb #8eca92b6
+# %% ../nbs/14_pretrained.ipynb #a8f9284a
 def download(address: str) -> Path:
     """The place of a published file in torch.hub's cache; it is fetched and checked if it is not there.
 
@@ -207,7 +201,7 @@ def download(address: str) -> Path:
         ValueError: if the address carries no hash, or what came has another one; nothing is kept then.
         RuntimeError: if the network does not give the file.
     """
-    name = address.rpartition("/")[2]
+    name = Path(urlsplit(address).path).name
     digits = re.search(r"-([0-9a-f]{8,64})\.", name)
     if not digits:
         raise ValueError(f"{address} carries no hash in its name (as in name-0123abcd.pth), so a broken file could not "
@@ -253,7 +247,7 @@ HUGGING_FACE: Rules = (
     (r"\.final_layer_norm\.", ".feed_step.norm."),
 )
 
-# %% ../nbs/14_pretrained.ipynb #ba86c07a
+# %% ../nbs/14_pretrained.ipynb #c875908b
 def folder_config(folder: Path) -> dict:
     """The config.json of a Hugging Face folder; empty if there is none.
 
@@ -261,7 +255,10 @@ def folder_config(folder: Path) -> dict:
         ValueError: if it belongs to another kind of model.
     """
     file = folder / "config.json"
-    config = json.loads(file.read_text("utf8")) if file.exists() else {}
+    try:
+        config = json.loads(file.read_text("utf8")) if file.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: get it again; {error}") from error
     if config.get("model_type", "detr") not in ("detr", "table-transformer"):
         raise ValueError(f"{file} is of a {config['model_type']!r} model: load_pretrained reads those of 'detr'")
     return config
@@ -274,7 +271,7 @@ def config_settings(config: Mapping) -> dict[str, object]:
     keys = ("nheads", "pre_norm", "dilation", "activation_function", "downsample_in_bottleneck")
     return {key: told[key] for key in keys if told.get(key) is not None} if config else {}
 
-
+# %% ../nbs/14_pretrained.ipynb #751d0ea1
 def read_hugging_face(path: Path) -> Checkpoint:
     """Read a Hugging Face folder, or one safetensors file with the configuration beside it.
 
@@ -346,7 +343,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         return read_torch(run)
     return read_hugging_face(path) if path.is_dir() or path.suffix == ".safetensors" else read_torch(path)
 
-# %% ../nbs/14_pretrained.ipynb #791ee670
+# %% ../nbs/14_pretrained.ipynb #591c53e3
 LAYOUTS = (  # a name that gives the layout away, and the rules that lead from it to ours
     (r"^(memory|queries)\.", ()),
     (r"^(detr\.)?transformer\.", OFFICIAL),
@@ -370,7 +367,8 @@ def our_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[st
         if any(re.match(sign, name) for name in state):
             kept = {name: value for name, value in state.items() if name in own or "num_batches_tracked" not in name}
             return split_stacked({rename(name, rules): value for name, value in kept.items()})
-    raise ValueError(f"its names are those of no DETR: {short_list(state)}")
+    raise ValueError("the checkpoint has the names of no DETR that is known here (the authors', Hugging Face's or "
+                     f"ours): {short_list(sorted(state), 3)}")
 
 # %% ../nbs/14_pretrained.ipynb #dffce442
 COCO_NAMES = (  # by COCO's raw ids 0 to 90; ids that were never given are N/A
@@ -383,7 +381,7 @@ COCO_NAMES = (  # by COCO's raw ids 0 to 90; ids that were never given are N/A
     "toothbrush"
 ).split(",")
 
-# %% ../nbs/14_pretrained.ipynb #ec288b9e
+# %% ../nbs/14_pretrained.ipynb #24e91cc1
 def load_pretrained(model: nn.Module, source: str | Path) -> nn.Module:
     """Give a model the weights of a checkpoint, and the class names that belong to them.
 
@@ -405,10 +403,11 @@ def load_pretrained(model: nn.Module, source: str | Path) -> nn.Module:
     """
     checkpoint, own = read_checkpoint(locate(source)), model.state_dict()
     state = our_names(checkpoint.state, own)
-    found = misfits(state, own) or differences(checkpoint.settings, hidden_settings(model))
+    found = misfits(state, own) or (checkpoint.settings and differences(checkpoint.settings, hidden_settings(model)))
     if found:
-        masks = " (a model with masks: see chapter 15)" if any(name.startswith("mask_head.") for name in state) else ""
-        raise ValueError(f"{source}{masks} does not fit, and the model is left as it was: {'; '.join(found)}")
+        kind = " (a model with masks)" if any(name.startswith("mask_head.") for name in state) else ""
+        raise ValueError(f"{source}{kind} does not fit, and the model is left as it was: {'; '.join(found)}. Build the "
+                         "model that the file was made for; replace_head and resize_queries change it afterwards")
     model.load_state_dict(state)
     names, ids = checkpoint.names, checkpoint.category_ids
     if names is None and architecture(state)["num_classes"] == len(COCO_NAMES):
@@ -454,7 +453,7 @@ def replace_head(model: DETR, num_classes: int, keep: Mapping[int, int] | None =
     model.decoder.head.classes, model.names, model.category_ids = new, None, None
     return model
 
-# %% ../nbs/14_pretrained.ipynb #2ba4f4b2
+# %% ../nbs/14_pretrained.ipynb #f5272d1c
 def inside(name: str, part: str) -> bool:
     """Whether a parameter lies in a part of the model; the empty name is the whole model."""
     return not part or f"{name}.".startswith(f"{part}.")
@@ -468,7 +467,7 @@ def parameters_in(model: nn.Module, part: str) -> list[nn.Parameter]:
     """
     found = [parameter for name, parameter in model.named_parameters() if inside(name, part)]
     if not found:
-        children = short_list((name for name, _ in model.named_children()), 9)
+        children = short_list([name for name, _ in model.named_children()])
         raise ValueError(f"no parameter lies in {part!r}: the model's parts are {children}; join names with dots")
     return found
 
@@ -492,7 +491,7 @@ def freeze(model: nn.Module, *parts: str) -> nn.Module:
         parameter.requires_grad_(False)
     return model
 
-# %% ../nbs/14_pretrained.ipynb #2ad3930f
+# %% ../nbs/14_pretrained.ipynb #e093d05d
 def rate_groups(model: nn.Module, rates: Mapping[str, Number]) -> list[dict]:
     """Parameter groups for an optimiser with one learning rate for each part of a model.
 
@@ -512,10 +511,10 @@ def rate_groups(model: nn.Module, rates: Mapping[str, Number]) -> list[dict]:
         parameters_in(model, part)
     for name, parameter in model.named_parameters():
         part = next((part for part in groups if inside(name, part)), None)
-        if part is None:
-            raise ValueError(f"no rate for {name}: give one to '', the whole model")
-        if rates[part] == 0:
+        if part is not None and rates[part] == 0:
             parameter.requires_grad_(False)
+        if parameter.requires_grad and part is None:
+            raise ValueError(f"no rate for {name}: give one to '', the whole model")
         if parameter.requires_grad:
             groups[part].append(parameter)
     return [{"name": part, "params": found, "lr": rates[part]} for part, found in groups.items() if found]
