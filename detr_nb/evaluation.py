@@ -27,6 +27,7 @@ from .boxes import box_area, cxcywh_to_xyxy, intersection_and_union, pairwise_io
 from .data import Batch, collate
 from .model import postprocess
 from .notation import Number, Target
+from .shapes import coco_objects
 
 # %% ../nbs/11_evaluation.ipynb #086287c3
 def precision_recall(
@@ -207,14 +208,9 @@ def coco_annotations(targets: Sequence[Target], category_ids: Sequence[int]) -> 
     """The truth as COCO annotations; images are numbered by their place, objects from 1 (0 would read as unmatched)."""
     rows = []
     for image, target in enumerate(targets):
-        xywh = xyxy_to_xywh(boxes_in_pixels(target))
-        area = target.get("area", xywh[:, 2] * xywh[:, 3]).tolist()
-        crowd = target["crowd"].int().tolist() if "crowd" in target else [0] * len(area)
-        rows += zip([image] * len(area), xywh.tolist(), target["labels"].tolist(), area, crowd, strict=True)
-    return [
-        {"id": i, "image_id": image, "bbox": box, "category_id": category_ids[label], "area": area, "iscrowd": crowd}
-        for i, (image, box, label, area, crowd) in enumerate(rows, 1)
-    ]
+        boxed = {key: value for key, value in target.items() if key != "masks"} | {"size": image_size(target)}
+        rows += coco_objects(Target(**boxed), image, category_ids)
+    return [{"id": number} | row for number, row in enumerate(rows, 1)]
 
 # %% ../nbs/11_evaluation.ipynb #53b8ea69
 def coco_results(

@@ -552,7 +552,7 @@ def coco_segmentation(mask: Tensor) -> dict:
 
 
 def coco_objects(target: Target, image_id: int, category_ids: Sequence[int]) -> list[dict]:
-    """The annotations of one image, still without their own ids."""
+    """The annotations of one image, still without their own ids; the area is the given one, the mask's or the box's."""
     boxes_xyxy = scale_boxes(cxcywh_to_xyxy(target["boxes"].cpu().double()), *target["size"])
     crowd, objects = target.get("crowd", torch.zeros(len(boxes_xyxy))), []
     for place, (x, y, width, height) in enumerate(xyxy_to_xywh(boxes_xyxy).tolist()):
@@ -561,6 +561,8 @@ def coco_objects(target: Target, image_id: int, category_ids: Sequence[int]) -> 
         if "masks" in target:
             entry["segmentation"] = coco_segmentation(target["masks"][place])
             entry["area"] = float(target["masks"][place].sum())
+        if "area" in target:
+            entry["area"] = float(target["area"][place])
         objects.append(entry)
     return objects
 
@@ -590,8 +592,9 @@ def coco_json(targets: Sequence[Target], names: Sequence[str], category_ids: Seq
         category_ids: raw id of each contiguous label.
 
     Returns:
-        Boxes are xywh in pixels. With masks, `segmentation` holds run lengths and `area` counts the mask's pixels;
-        without, `area` is that of the box. Annotations are numbered from 1, since pycocotools reads 0 as "no match".
+        Boxes are xywh in pixels. With masks, `segmentation` holds run lengths. `area` is the target's own; where it has
+        none, the number of the mask's pixels; without masks, that of the box. Annotations are numbered from 1, since
+        pycocotools reads 0 as "no match".
 
     Raises:
         ValueError: if names and ids differ in number, an id occurs twice, or a target has no size or an unknown label.

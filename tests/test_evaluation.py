@@ -4,19 +4,23 @@ import contextlib
 import io
 import json
 import math
+import os
 import time
+from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from detr_nb.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
-from detr_nb.data import MemoryDataset
+from detr_nb.data import CocoDataset, MemoryDataset, Transformed, VocDataset, eval_transform
 from detr_nb.evaluation import (
     COCO_THRESHOLDS,
     ERRORS,
@@ -121,6 +125,178 @@ def test_coco_evaluate_equals_pycocotools_with_its_sizes_and_limits(seed, crowd)
     table = ap_table(targets, detections, 3)
     assert list(metrics["per_class"]) == NAMES
     assert list(metrics["per_class"].values()) == pytest.approx(table.mean(0).tolist(), abs=1e-9, nan_ok=True)
+
+
+def official(truth: COCO, results: list) -> COCOeval:
+    """pycocotools, run as its documentation says, on results that JSON has carried."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        job = COCOeval(truth, truth.loadRes(json.loads(json.dumps(results))), "bbox")
+        job.evaluate()
+        job.accumulate()
+        job.summarize()
+    return job
+
+
+def coco_file(file: Path) -> COCO:
+    with contextlib.redirect_stdout(io.StringIO()):
+        return COCO(file)
+
+
+def perturbed(target: Target, classes: int, rng: np.random.Generator) -> dict:
+    """Synthetic detections: the truth moved, renamed, doubled and lost, and some boxes in crowds and on nothing."""
+    height, width = target["size"]
+    scale = torch.tensor([width, height, width, height])
+    boxes, labels = target["boxes"] * scale, target["labels"]
+    chosen = torch.from_numpy(rng.random((2, len(labels))) < [[0.85], [0.2]])
+    centres, labels = torch.cat([boxes[c] for c in chosen]), torch.cat([labels[c] for c in chosen])
+    moved = centres + torch.from_numpy(rng.normal(0, 0.08, centres.shape)).float() * centres[:, [2, 3, 2, 3]]
+    crowded = boxes[target.get("crowd", torch.zeros(len(boxes), dtype=torch.bool))] * torch.tensor([1, 1, 0.3, 0.3])
+    kinds = target["labels"][target["crowd"]] if "crowd" in target else labels[:0]
+    free = torch.from_numpy(rng.uniform(0.1, 0.5, (3, 4))).float() * scale
+    renamed = torch.from_numpy(rng.random(len(labels)) < 0.1)
+    labels = torch.where(renamed, (labels + 1) % classes, labels)
+    labels = torch.cat((labels, kinds, torch.from_numpy(rng.integers(0, classes, 3))))
+    boxes = cxcywh_to_xyxy(torch.cat((moved, crowded, free)))
+    scores = torch.from_numpy(rng.permutation(1000)[: len(labels)] / 1000 + rng.random() / 1000).float()
+    return {"boxes": boxes, "labels": labels, "scores": scores}
+
+
+def assert_equals_official(metrics: dict, job: COCOeval, dataset) -> None:
+    """All figures of `evaluate`, per class too, against pycocotools' own summary and tables."""
+    names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100")
+    nan = dict.fromkeys([-1.0], math.nan)
+    for name, figure in zip(names, job.stats, strict=False):
+        assert metrics[name] == pytest.approx(nan.get(figure, figure), abs=1e-9, nan_ok=True), name
+    assert list(metrics["per_class"]) == dataset.names
+    for name, raw in zip(dataset.names, dataset.category_ids, strict=True):
+        column = job.eval["precision"][:, :, job.params.catIds.index(raw), 0, 2]
+        figure = column[column > -1].mean() if (column > -1).any() else math.nan
+        assert metrics["per_class"][name] == pytest.approx(figure, abs=1e-9, nan_ok=True), name
+
+
+def assert_curves_equal_official(targets: list, detections: list, job: COCOeval, dataset, classes: list) -> None:
+    """The curve of `pr_curve`, read at COCO's levels of recall, is pycocotools' column."""
+    for label in classes:
+        precision, recall, _ = pr_curve(targets, detections, label)
+        best = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
+        column = job.eval["precision"][0, :, job.params.catIds.index(dataset.category_ids[label]), 0, 2]
+        np.testing.assert_allclose(best[np.searchsorted(recall, job.params.recThrs)], column, atol=1e-9)
+
+
+KEYS = ("boxes", "labels", "scores")
+
+
+def compare_with_official(dataset, truth: COCO, seed: int) -> int:
+    """Synthetic detections of a dataset, by our functions and by pycocotools straight from the file."""
+    rng, targets = np.random.default_rng(seed), [dataset[i][1] for i in range(len(dataset))]
+    detections = [perturbed(target, len(dataset.names), rng) for target in targets]
+    results = [
+        {"image_id": target["image_id"], "category_id": dataset.category_ids[label], "score": score,
+         "bbox": [x0, y0, x1 - x0, y1 - y0]}
+        for target, found in zip(targets, detections, strict=True)
+        for (x0, y0, x1, y1), label, score in zip(*(found[k].tolist() for k in KEYS), strict=True)
+    ]  # fmt: skip
+    job = official(truth, results)
+    metrics = coco_evaluate(targets, detections, dataset.names, dataset.category_ids)
+    assert 0.1 < metrics["AP"] < 0.9, "neither perfect nor empty, or the comparison would be idle"
+    assert_equals_official(metrics, job, dataset)
+    seen = torch.cat([t["labels"][~t["crowd"]] for t in targets]).unique().tolist()
+    assert_curves_equal_official(targets, detections, job, dataset, seen)
+    return sum(int(target["crowd"].sum()) for target in targets)
+
+
+@pytest.mark.parametrize(("split", "crowds"), [("val2017", 5), ("train2017", 8)])
+def test_figures_on_coco_equal_pycocotools_run_directly(split, crowds):
+    folder = Path(os.environ.get("DETR_NB_DATA", "")) / "coco_mini"
+    if not os.environ.get("DETR_NB_DATA") or not folder.is_dir():
+        pytest.skip("DETR_NB_DATA names no folder with coco_mini/")
+    file = folder / "annotations" / f"instances_{split}.json"
+    assert compare_with_official(CocoDataset(folder / split, file), coco_file(file), crowds) == crowds
+
+
+def written_coco(folder: Path, seed: int, images: int = 12) -> CocoDataset:
+    """A COCO dataset of blank pictures with objects of all sizes, crowds, empty images, and areas of their own."""
+    rng, annotations = np.random.default_rng(seed), []
+    rows = [{"id": 7 * i, "file_name": f"{i}.png", "height": 240, "width": 320} for i in range(images)]
+    for row in rows:
+        Image.new("RGB", (320, 240)).save(folder / row["file_name"])
+        for _ in range(0 if row["id"] % 4 == 0 else rng.integers(1, 8)):
+            width, height = np.exp(rng.uniform(np.log(8), np.log(200), 2))
+            x, y = rng.uniform(0, 320 - width), rng.uniform(0, 240 - height)
+            annotations.append({
+                "id": 100 - len(annotations), "image_id": row["id"], "category_id": IDS[rng.integers(3)],
+                "bbox": [x, y, width, height], "area": width * height * rng.uniform(0.3, 1),
+                "iscrowd": int(rng.random() < 0.15),
+            })  # fmt: skip
+    categories = [{"id": i, "name": name} for i, name in zip(IDS, NAMES, strict=True)]
+    (folder / "truth.json").write_text(json.dumps({
+        "images": rows, "annotations": annotations, "categories": categories, "info": {},
+    }))  # fmt: skip
+    return CocoDataset(folder, folder / "truth.json")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_figures_on_coco_files_equal_pycocotools_run_directly(tmp_path, seed):
+    dataset = written_coco(tmp_path, seed)
+    assert compare_with_official(dataset, coco_file(tmp_path / "truth.json"), seed) > 0
+
+
+class Noisy(nn.Module):
+    """Answers with the truth of each image, moved a little, image after image; scores lie close together."""
+
+    def __init__(self, targets: list, classes: int):
+        super().__init__()
+        self.answers, self.classes, self.rng = iter(targets), classes, np.random.default_rng(0)
+
+    def forward(self, images, pad):
+        logits, boxes = torch.zeros(1, len(images), 30, self.classes + 1), torch.full((1, len(images), 30, 4), 0.1)
+        for b, target in enumerate(next(self.answers) for _ in images):
+            count, (visible_y, visible_x) = len(target["labels"]), ((~pad[b]).any(1).sum(), (~pad[b]).any(0).sum())
+            assert visible_x > visible_y, "the pictures are wide, and padding is not picture"
+            noise = torch.from_numpy(self.rng.normal(0, 0.02, (count, 4))).float()
+            boxes[0, b, :count] = (target["boxes"] + noise).clamp(0.001, 1)
+            certainty = torch.from_numpy(self.rng.uniform(2, 6, count)).float()
+            logits[0, b, torch.arange(count), target["labels"]] = certainty
+        return Output(logits, boxes)
+
+
+def whole_chain(dataset, truth: COCO) -> None:
+    """`evaluate` through a model and a resize, against pycocotools on the results file that `predict` gives."""
+    resized, targets = Transformed(dataset, eval_transform(120)), [dataset[i][1] for i in range(len(dataset))]
+    rows = predict(Noisy(targets, len(dataset.names)), resized, batch_size=4)
+    results = coco_results(rows, dataset.category_ids, [row["image_id"] for row in rows])
+    metrics = evaluate(Noisy(targets, len(dataset.names)), resized, batch_size=4)
+    assert 0.1 < metrics["AP"] < 0.999
+    assert_equals_official(metrics, official(truth, results), dataset)
+
+
+def test_evaluate_on_coco_equals_pycocotools_on_the_files(tmp_path):
+    whole_chain(written_coco(tmp_path, 9), coco_file(tmp_path / "truth.json"))
+
+
+def test_evaluate_on_data_that_is_not_coco(tmp_path):
+    """Three photographs of BCCD; their XML is written as COCO with plain arithmetic."""
+    root = Path(__file__).parent / "data" / "bccd"
+    dataset, annotations = VocDataset(root, "trainval"), []
+    for i, (_, stem) in enumerate(dataset.items):
+        for thing in ElementTree.parse(root / "Annotations" / f"{stem}.xml").iter("object"):
+            x0, y0, x1, y1 = (float(side.text) for side in thing.find("bndbox"))
+            if x1 > x0:
+                kind, box = dataset.names.index(thing.findtext("name")), [x0, y0, x1 - x0, y1 - y0]
+                row = {"id": len(annotations) + 1, "image_id": i, "category_id": kind, "bbox": box, "iscrowd": 0}
+                annotations.append(row | {"area": box[2] * box[3]})
+    content = {"info": {}, "images": [{"id": i, "height": 480, "width": 640} for i in range(3)]}
+    content |= {"annotations": annotations, "categories": [{"id": i, "name": n} for i, n in enumerate(dataset.names)]}
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    whole_chain(dataset, coco_file(tmp_path / "truth.json"))
+
+
+def test_masks_change_nothing_in_a_comparison_of_boxes():
+    plain = target([[0, 0, 40, 40]], [0])
+    masked = {**plain, "masks": torch.zeros(1, 100, 100, dtype=torch.bool)}  # an empty mask has no area
+    guess = found([[0, 0, 40, 40]], [0], [0.9])
+    figures = [coco_evaluate([truth], [guess], NAMES, IDS) for truth in (plain, masked)]
+    assert str(figures[0]) == str(figures[1]) and figures[0]["AP_medium"] == pytest.approx(1)
 
 
 @given(seeds)

@@ -359,6 +359,13 @@ def test_any_targets_come_back_from_coco(masks, tmp_path, capsys):
             assert all(math.isclose(entry["area"], entry["bbox"][2] * entry["bbox"][3]) for entry in found)
 
 
+@pytest.mark.parametrize("masks", [False, True])
+def test_the_area_of_a_target_is_its_own(masks):
+    targets = [target | {"area": 5.0 + torch.arange(len(target["labels"]))} for target in random_targets(masks)]
+    content = coco_json(targets, ["a", "b", "c"], [90, 1, 18])
+    assert [entry["area"] for entry in content["annotations"]] == [a for t in targets for a in t["area"].tolist()]
+
+
 def test_perfect_detections_have_a_perfect_score(tmp_path, capsys):
     scenes = Scenes(DEFAULT, 12, 0)
     content = coco_json([target for _, target in scenes], scenes.names, scenes.category_ids)
