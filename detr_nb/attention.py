@@ -38,7 +38,7 @@ def attend(
     bias: Float[Tensor, "#b #h #q s"] | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "b h q value"]:
-    """Average the values of all keys with the weights of each query, by torch's fused function.
+    """Average the values of all keys with the weights of each query: by torch's fused function where that is fastest.
 
     Args:
         q: queries of each head.
@@ -50,6 +50,8 @@ def attend(
     Returns:
         One weighted average for each query and head.
     """
+    if q.is_cpu and q.dtype == torch.bfloat16:  # where the fused function is slower than its parts
+        return F.dropout(attention_weights(q, k, bias), dropout) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
 
 # %% ../nbs/01_attention.ipynb #cell-070

@@ -360,7 +360,7 @@ class Run:
     Attributes:
         config: what was asked for.
         model: the model in training.
-        optimizer: AdamW with its moments.
+        optimizer: Muon with its moments.
         folder: where log and checkpoint are, or None.
         step: steps taken.
         seconds: training time so far: steps and their data, no evaluation.

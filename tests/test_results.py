@@ -1,0 +1,62 @@
+"""Recorded runs: one schema, no place of a machine, and the front page says what they say."""
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+from detr_nb.training import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = sorted((ROOT / "results").glob("*.json"))
+RUNS = [path for path in RECORDS if path.stem.startswith("shapes_")]
+
+
+def read(path: Path) -> dict:
+    """A record."""
+    return json.loads(path.read_text("utf8"))
+
+
+def test_there_are_records():
+    assert len(RUNS) >= 3
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_a_record_says_what_by_which_command_where_and_when(path):
+    row = read(path)
+    assert {"what", "command", "date", "machine"} <= set(row)
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d", row["date"])
+    assert {"processor", "cores", "torch"} <= set(row["machine"])
+    assert not re.search(r'"(/|[A-Z]:\\)', path.read_text("utf8")), "a path of a machine"
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_a_recorded_run_is_the_one_that_its_name_and_command_say(path):
+    row = read(path)
+    setting, budget, paper, seed = re.fullmatch(r"shapes_(easy|default)_(\w+?)_(paper_)?seed(\d)", path.stem).groups()
+    assert f"--setting {setting}" in row["command"] and bool(paper) == ("--paper" in row["command"])
+    assert row["seed"] == row["config"]["seed"] == int(seed)
+    assert set(row["config"]) == {field.name for field in fields(TrainConfig)}
+    amount, unit = re.fullmatch(r"(\d+)(min|steps)", budget).groups()
+    if unit == "min":
+        assert row["config"]["minutes"] == int(amount) and 0 <= row["seconds"] - 60 * int(amount) < 2
+    assert row["curve"][-1]["metrics"] == row["metrics"] and row["curve"][-1]["step"] == row["steps"]
+    assert row["machine"]["matrix_gflops"] > 1 and row["milliseconds_per_step"]["backbone"] > 0
+    assert sum(row["milliseconds_per_step"].values()) * row["steps"] / 1000 == pytest.approx(row["seconds"], rel=0.05)
+
+
+def test_the_table_of_results_says_what_the_records_say():
+    text, shown = (ROOT / "README.md").read_text("utf8"), []
+    table = re.search(r"<!-- RESULTS:BEGIN -->(.*)<!-- RESULTS:END -->", text, re.S)[1]
+    for line in table.splitlines():
+        files = re.findall(r"\(results/(\w+)\.json\)", line)
+        if files:
+            rows = [read(ROOT / "results" / f"{name}.json") for name in files]
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            assert cells[2] == str(len(files))
+            assert cells[3:5] == [f"{mean(row['metrics'][name] for row in rows):.3f}" for name in ("AP", "AP50")]
+            shown += files
+    assert sorted(shown) == [path.stem for path in RUNS], "every recorded run stands in the table, once"

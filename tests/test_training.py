@@ -1,0 +1,273 @@
+"""Training against torch's own optimisers, and runs that are stopped, resumed, timed and refused."""
+
+import json
+import time
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.testing import assert_close
+from tqdm import tqdm
+
+import detr_nb.training as chapter
+from detr_nb.data import MemoryLoader
+from detr_nb.losses import SetCriterion
+from detr_nb.model import detr_resnet18, detr_tiny
+from detr_nb.shapes import EASY
+from detr_nb.training import (
+    Muon,
+    ShapesData,
+    TinyModel,
+    TrainConfig,
+    batches,
+    build_criterion,
+    falling_weight,
+    fit,
+    matrices,
+    optimizer_groups,
+    orthogonalise,
+    rate_factor,
+    save_atomically,
+    set_pace,
+    start,
+    train_step,
+    train_until_done,
+)
+
+SMALL = TinyModel(num_queries=4, hidden_dim=16, nheads=2, dec_layers=2, dim_feedforward=16)
+CONFIG = TrainConfig(ShapesData(EASY, train_images=24, val_images=4), SMALL, steps=6, batch_size=4, evaluations=1,
+                     progress=False)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """Both series, drawn once."""
+    return CONFIG.data.load()
+
+
+@pytest.fixture(autouse=True)
+def drawn_once(scenes, monkeypatch):
+    """Every run of this file takes the scenes that are drawn."""
+    monkeypatch.setattr(ShapesData, "load", lambda self: scenes)
+
+
+def weights(model: nn.Module) -> torch.Tensor:
+    """Every number of a model in one row, running statistics included."""
+    return torch.cat([value.detach().flatten().double() for value in model.state_dict().values()])
+
+
+# --- Muon ---------------------------------------------------------------------------------------------------------
+@given(rows=st.integers(1, 12), columns=st.integers(1, 12), seed=st.integers(0, 99), size=st.floats(1e-4, 1e4))
+@settings(max_examples=40, deadline=None)
+def test_orthogonalising_keeps_the_singular_vectors_and_lifts_the_values(rows, columns, seed, size):
+    x = size * torch.randn(2, rows, columns, generator=torch.Generator().manual_seed(seed))
+    u, s, vt = torch.linalg.svd(x, full_matrices=False)
+    inside = u.mT @ orthogonalise(x) @ vt.mT
+    levelled = inside.diagonal(dim1=1, dim2=2)
+    assert_close(inside, torch.diag_embed(levelled), atol=2e-3, rtol=0)
+    clear = s > 0.02 * s.norm(dim=1, keepdim=True)
+    assert levelled[clear].min() > 0.4 and levelled.max() < 2
+
+
+def test_a_matrix_of_zeros_stays_zero():
+    assert orthogonalise(torch.zeros(1, 3, 5)).abs().max() == 0
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
+def test_muon_is_torchs_muon_with_the_same_polynomial(shape, monkeypatch):
+    coefficients = (3.4445, -4.775, 2.0315)
+    once = chapter.orthogonalise
+    monkeypatch.setattr(chapter, "orthogonalise", lambda x, dtype: once(x, torch.bfloat16, (coefficients,) * 5))
+    torch.manual_seed(0)
+    ours, theirs = (nn.Parameter(x) for x in [torch.randn(shape)] * 2)
+    theirs = nn.Parameter(ours.detach().clone())
+    a = Muon([{"params": [ours], "lr": 0.1, "orthogonal": True}], momentum=0.9)
+    b = torch.optim.Muon([theirs], lr=0.1, momentum=0.9, weight_decay=0, ns_coefficients=coefficients, ns_steps=5,
+                         adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        gradient = torch.randn(shape)
+        before = ours.detach().clone()
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        a.step()
+        b.step()
+        assert (ours - before).norm() > 0.1
+    assert_close(ours, theirs, atol=0.03, rtol=0)
+
+
+def test_a_kernel_is_moved_as_the_matrix_of_its_rows():
+    torch.manual_seed(0)
+    kernel = nn.Parameter(torch.randn(5, 3, 2, 2).to(memory_format=torch.channels_last))
+    matrix = nn.Parameter(kernel.detach().flatten(1).clone())
+    gradient = torch.randn(5, 3, 2, 2)
+    kernel.grad, matrix.grad = gradient.to(memory_format=torch.channels_last), gradient.flatten(1)
+    for p in (kernel, matrix):
+        Muon([{"params": [p], "lr": 0.1, "orthogonal": True}]).step()
+    assert_close(kernel.flatten(1), matrix)
+
+
+@given(
+    lr=st.floats(1e-5, 1e-1), decay=st.floats(0, 0.1), beta1=st.floats(0, 0.99), beta2=st.floats(0.5, 0.999),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25, deadline=None)
+def test_what_is_no_matrix_is_moved_as_by_torchs_adamw(lr, decay, beta1, beta2, seed):
+    torch.manual_seed(seed)
+    ours = [nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(1))]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    a = Muon([{"params": ours, "lr": lr, "orthogonal": False}], betas=(beta1, beta2), weight_decay=decay)
+    b = torch.optim.AdamW(theirs, lr=lr, betas=(beta1, beta2), weight_decay=decay)
+    for step in range(5):
+        for p, q in zip(ours[: 2 + step % 2], theirs, strict=False):  # the last one has a gradient now and then
+            p.grad = q.grad = torch.randn_like(p)
+        a.step()
+        b.step()
+        a.zero_grad()
+        b.zero_grad()
+    for p, q in zip(ours, theirs, strict=True):
+        assert_close(p, q, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lr_muon", [0, 5e-3])
+@pytest.mark.parametrize("build", [detr_tiny, lambda: detr_resnet18(pretrained_backbone=False)])
+def test_groups_hold_everything_that_learns_once(build, lr_muon):
+    model = build()
+    groups = optimizer_groups(model, 1e-3, 1e-4, lr_muon)
+    found = [p for group in groups for p in group["params"]]
+    learns = [p for p in model.parameters() if p.requires_grad]
+    assert len(found) == len(learns) and set(found) == set(learns)
+    moved = {p for group in groups if group["orthogonal"] for p in group["params"]}
+    assert moved == ({p for p in matrices(model) if p.requires_grad} if lr_muon else set())
+    assert all(p.ndim in (2, 4) for p in moved)
+    head = model.decoder.head
+    assert not moved & {model.queries.embedding.weight, head.classes.weight, head.boxes[-1].weight}
+    rates = {(group["name"], group["orthogonal"]): group["lr"] for group in groups}
+    assert rates["rest", False] == 1e-3 and rates["backbone", False] == 1e-4
+    assert not lr_muon or rates["backbone", True] == pytest.approx(rates["rest", True] / 10)
+
+
+# --- pace ---------------------------------------------------------------------------------------------------------
+@given(progress=st.floats(0, 1), warmup=st.floats(0.01, 0.5))
+def test_the_rate_rises_and_falls_and_never_leaves_its_range(progress, warmup):
+    assert 0 <= rate_factor(progress, warmup) <= 1
+    later = min(progress + 0.01, 1)
+    rising = rate_factor(later, warmup) >= rate_factor(progress, warmup)
+    assert rising if later <= warmup else progress < warmup or not rising or later == progress
+
+
+@given(progress=st.floats(0, 1), start=st.floats(0.1, 10), end=st.floats(0.1, 10))
+def test_the_weight_moves_by_equal_factors(progress, start, end):
+    middle = falling_weight(progress / 2, start, end)
+    assert middle**2 == pytest.approx(start * falling_weight(progress, start, end))
+    assert falling_weight(1, start, end) == pytest.approx(end)
+
+
+def test_the_pace_reaches_rates_and_loss(scenes):
+    run = start(replace(CONFIG, steps=4), scenes[0])
+    criterion = build_criterion(run.config, 3)
+    run.step = 2
+    set_pace(run, criterion)
+    assert criterion.last_layer_weights["loss_ce"] == pytest.approx(5**0.5)
+    assert all(g["lr"] == pytest.approx(g["highest_lr"] * 0.5 / 0.97) for g in run.optimizer.param_groups)
+
+
+# --- steps --------------------------------------------------------------------------------------------------------
+def test_bfloat16_leaves_losses_and_weights_in_float32_and_near(scenes):
+    batch = next(MemoryLoader(scenes[0], 4, 0).epoch(0))
+    rows = []
+    for bf16 in (False, True):
+        torch.manual_seed(0)
+        model = SMALL.build(3)
+        optimizer = Muon(optimizer_groups(model, 1e-3, 1e-3, 1e-3), dtype=torch.bfloat16 if bf16 else torch.float32)
+        rows.append(train_step(model, SetCriterion(3), optimizer, batch, 0.1, bf16))
+        assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
+    assert rows[0].keys() == rows[1].keys()
+    for name in ("loss_ce", "loss_bbox", "loss_giou", "total"):
+        assert rows[1][name].dtype == torch.float32 and not rows[1][name].requires_grad
+        assert_close(rows[0][name], rows[1][name], rtol=0.03, atol=0.03)
+        assert rows[0][name] != rows[1][name]
+
+
+# --- runs that stop -----------------------------------------------------------------------------------------------
+def fit_until(config: TrainConfig, after: int) -> None:
+    """A run whose data end with an error after some steps."""
+    def ends(stream):
+        yield from islice(stream, after)
+        raise ConnectionError("the plug was pulled")
+
+    train, val = config.data.load()
+    run = start(config, train)
+    stream = ends(batches(MemoryLoader(train, config.batch_size, config.seed), run.step))
+    with tqdm(disable=True) as bar:
+        train_until_done(run, build_criterion(config, len(train.names)), stream, val, bar)
+
+
+@pytest.mark.parametrize("stops", [(1,), (5,), (2, 3), (0, 1, 1, 1)])
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(stops, tmp_path):
+    whole = fit(CONFIG)
+    config = replace(CONFIG, folder=str(tmp_path / "run"), save_every=0)
+    for after in stops:
+        with pytest.raises(ConnectionError):
+            fit_until(config, after)
+    resumed = fit(config)
+    assert resumed.step == whole.step == 6
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+    assert [row["total"] for row in resumed.history] == [row["total"] for row in whole.history]
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [row["step"] for row in whole.history]
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    config = replace(CONFIG, folder=str(tmp_path))
+    first = fit(config)
+    again = fit(config)
+    assert again.seconds == first.seconds and again.metrics == first.metrics
+    assert torch.equal(weights(first.model), weights(again.model))
+
+
+def test_other_seeds_are_other_runs():
+    assert not torch.equal(weights(fit(CONFIG).model), weights(fit(replace(CONFIG, seed=1)).model))
+
+
+def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path):
+    config = replace(CONFIG, folder=str(tmp_path))
+    fit(config)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(ValueError, match=r"checkpoint\.pt belongs to another configuration"):
+        fit(replace(config, lr=1e-5))
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    save_atomically({"step": 1}, path)
+
+    def full(descriptor):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(chapter.os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        save_atomically({"step": 2}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+
+
+# --- the clock ----------------------------------------------------------------------------------------------------
+def test_evaluation_is_not_on_the_clock(monkeypatch):
+    def slow(model, dataset):
+        time.sleep(0.5)
+        return {"AP": 0.0, "AP50": 0.0}
+
+    monkeypatch.setattr(chapter, "evaluate", slow)
+    begun = time.perf_counter()
+    run = fit(replace(CONFIG, evaluations=3))
+    assert sum("metrics" in row for row in run.history) == 3
+    assert run.seconds <= time.perf_counter() - begun - 1.5
+
+
+def test_a_run_of_minutes_ends_when_they_are_over():
+    run = fit(replace(CONFIG, minutes=0.02, evaluations=1))
+    assert run.seconds >= 1.2 and run.step >= 1 and run.progress == 1
+    assert run.history[-1]["step"] == run.step and "AP" in run.metrics
