@@ -10,9 +10,10 @@ __all__ = ['PER_BOX', 'KINDS', 'FATAL', 'TOLERANCE', 'PICTURES', 'TRAIN_SIDES', 
            'voc_names', 'read_split', 'voc_record', 'VocDataset', 'picture_size', 'yolo_names', 'yolo_record',
            'YoloDataset', 'target_record', 'entry_problems', 'all_entry_problems', 'all_problems', 'readable_items',
            'check_data', 'summary', 'to_sample', 'apply_transform', 'random_int', 'fitted_size', 'ShortSide',
-           'RandomSizeCrop', 'train_transform', 'eval_transform', 'pad_images', 'colours', 'normalise', 'denormalise',
-           'Batch', 'collate', 'mixed_seed', 'Transformed', 'epoch_order', 'epoch_loader', 'MemoryDataset', 'in_memory',
-           'turn_image', 'turn_boxes', 'turn_targets', 'turned_batch', 'random_symmetries', 'MemoryLoader']
+           'RandomSizeCrop', 'train_transform', 'eval_transform', 'blank', 'pad_images', 'colours', 'normalise',
+           'denormalise', 'Batch', 'collate', 'mixed_seed', 'Transformed', 'epoch_order', 'epoch_loader',
+           'MemoryDataset', 'in_memory', 'turn_image', 'turn_boxes', 'turn_targets', 'turned_batch',
+           'random_symmetries', 'MemoryLoader']
 
 # %% ../nbs/05_data.ipynb #258ce4d8
 import json
@@ -31,7 +32,7 @@ from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from PIL import ExifTags, Image, ImageOps
 from pycocotools import mask as coco_mask
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -743,6 +744,15 @@ def eval_transform(short_side: int = 800, longest: int = 1333) -> v2.Transform:
     return ShortSide([short_side], longest)
 
 # %% ../nbs/05_data.ipynb #a75b768e
+def blank(*shape: int) -> Float[Tensor, "..."]:
+    """Zeros; in a worker process they lie where the main process reads them, so that a batch need not be copied there.
+
+    Source: torch's own `default_collate`.
+    """
+    if get_worker_info() is None:
+        return torch.zeros(shape)
+    return torch.empty(0).set_(torch.UntypedStorage._new_shared(4 * math.prod(shape))).view(shape).zero_()
+
 def pad_images(
     images: list[Shaped[Tensor, "3 _ _"]], lay: Callable[[Tensor, Tensor], object] = Tensor.copy_
 ) -> tuple[Float[Tensor, "b 3 y x"], Bool[Tensor, "b y x"]]:
@@ -761,7 +771,7 @@ def pad_images(
     if not images:
         raise ValueError("pad_images(images=[]): a batch needs at least one image")
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
-    batch = torch.zeros(len(images), 3, height, width, device=images[0].device)
+    batch = blank(len(images), 3, height, width).to(images[0].device)
     pad = torch.ones(len(images), height, width, dtype=torch.bool, device=batch.device)
     for i, image in enumerate(images):
         lay(batch[i, :, : image.shape[1], : image.shape[2]], image)

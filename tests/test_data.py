@@ -741,6 +741,18 @@ def test_workers_and_batch_size_change_nothing(workers, batch_size):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def whether_shared(samples):
+    """A batch, with a first target that tells whether its images lay in shared memory before they were sent."""
+    batch = collate(samples)
+    return batch._replace(targets=[{"image_id": int(batch.images.is_shared())}])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_workers_batch_where_the_main_process_reads(workers):
+    loader = epoch_loader(VocDataset(BCCD, "trainval"), RECIPE, 2, workers=workers, make_batch=whether_shared)
+    assert {batch.targets[0]["image_id"] for batch in loader} == {workers}
+
+
 def test_seed_and_epoch_change_order_and_augmentation():
     dataset = in_memory(VocDataset(BCCD, "trainval"), (60, 80))
     dataset = MemoryDataset(dataset.images.repeat(8, 1, 1, 1), dataset.targets * 8, dataset.names)
