@@ -23,9 +23,13 @@ _PUBLIC = {
     "download_bccd": "downloads",
     "download_coco": "downloads",
     "evaluate": "evaluation",
+    "export_onnx": "pretrained",
+    "export_program": "pretrained",
     "fit": "training",
+    "freeze": "pretrained",
     "load_pretrained": "pretrained",
     "postprocess": "model",
+    "rate_groups": "pretrained",
     "replace_head": "pretrained",
     "resize_queries": "pretrained",
 }

@@ -7,7 +7,8 @@ __all__ = ['Rules', 'OFFICIAL', 'PUBLISHED', 'HUGGING_FACE', 'SUFFIXES', 'LAYOUT
            'rows', 'resnet_blocks', 'architecture', 'differences', 'misfits', 'hidden_settings', 'Checkpoint',
            'unpickle_tensors', 'read_torch', 'download', 'folder_config', 'config_settings', 'read_hugging_face',
            'from_hub', 'locate', 'read_checkpoint', 'our_names', 'load_pretrained', 'checked_ids', 'replace_head',
-           'inside', 'parameters_in', 'freeze', 'rate_groups', 'resize_queries']
+           'inside', 'parameters_in', 'freeze', 'rate_groups', 'resize_queries', 'LastLayer', 'export_program',
+           'export_onnx']
 
 # %% ../nbs/14_pretrained.ipynb #436c01fa
 import argparse
@@ -15,11 +16,14 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import torch
+from jaxtyping import Bool, Float
+from jaxtyping import config as type_checks
 from torch import Tensor, nn
 
 from .data import short_list
@@ -222,6 +226,7 @@ def download(address: str) -> Path:
 # %% ../nbs/14_pretrained.ipynb #38d7022c
 HUGGING_FACE: Rules = (
     (r"^detr\.", ""),
+    (r"^model\.(backbone\.)?position_embedding\.(row|col)(umn)?_embeddings\.", r"memory.positions.\2."),
     (r"^model\.backbone\.(conv_encoder\.)?(model\.)?(_backbone\.)?", "memory.backbone.body."),
     (r"\.embedder\.embedder\.convolution\.", ".conv1."),
     (r"\.embedder\.embedder\.normalization\.", ".bn1."),
@@ -543,3 +548,69 @@ def resize_queries(model: DETR, n: int, keep: Iterable[int] | None = None) -> DE
     new.embedding.weight[: len(ids)] = old[ids]
     model.queries = new
     return model
+
+# %% ../nbs/14_pretrained.ipynb #2e95ab60
+class LastLayer(nn.Module):
+    """A detector as it is handed on: plain tensors in, logits and boxes of the last decoder layer out.
+
+    Args:
+        model: maps (images, pad) to an `Output`.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, images: Float[Tensor, "b 3 y x"], pad: Bool[Tensor, "b y x"]
+    ) -> tuple[Float[Tensor, "b q c"], Float[Tensor, "b q 4"]]:
+        """Predict for a padded batch; `pad` is True where there is padding."""
+        out = self.model(images, pad)
+        return out.logits[-1], out.boxes[-1]
+
+
+@torch.no_grad()
+def export_program(model: nn.Module) -> "torch.export.ExportedProgram":
+    """Record the graph of a detector in evaluation mode, for any number of images of any size.
+
+    The graph takes (images, pad) and gives what `LastLayer` gives. It does not check what it is given.
+
+    Args:
+        model: stays as it is; the graph has a copy of its weights.
+    """
+    images = torch.zeros(2, 3, 96, 160, device=next(model.parameters()).device)
+    sizes = {"images": {i: torch.export.Dim.DYNAMIC for i in (0, 2, 3)},
+             "pad": {i: torch.export.Dim.DYNAMIC for i in (0, 1, 2)}}
+    before = type_checks.jaxtyping_disable
+    type_checks.update("jaxtyping_disable", True)  # in a recording sizes are symbols, which a checker takes for no int
+    try:
+        detector = LastLayer(deepcopy(model)).eval()
+        return torch.export.export(detector, (images, images[:, 0] > 0), dynamic_shapes=sizes)
+    finally:
+        type_checks.update("jaxtyping_disable", before)
+
+# %% ../nbs/14_pretrained.ipynb #e86b2d50
+def export_onnx(model: nn.Module, path: str | Path) -> Path:
+    """Write a detector as ONNX: inputs `images` and `pad`, outputs `logits` and `boxes` of the last layer.
+
+    Batch, height and width are free. The class names, if there are any, are in the metadata under `names`, as JSON.
+
+    Args:
+        model: stays as it is.
+        path: of the file, which ends in .onnx as a rule.
+
+    Returns:
+        The path.
+
+    Raises:
+        ModuleNotFoundError: if torch's exporter lacks the packages that it needs.
+    """
+    try:
+        program = torch.onnx.export(export_program(model), input_names=["images", "pad"], verbose=False,
+                                    output_names=["logits", "boxes"])
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"writing ONNX needs {error.name}: pip install onnx onnxscript") from error
+    if getattr(model, "names", None):
+        program.model.metadata_props["names"] = json.dumps(list(model.names))
+    program.save(path, external_data=False)
+    return Path(path)

@@ -10,6 +10,7 @@ import sys
 from copy import deepcopy
 from functools import cache
 
+import jaxtyping
 import pytest
 import torch
 from official import DATA, Reference, batch, official_weights
@@ -34,9 +35,13 @@ from detr_nb.model import (
     postprocess,
 )
 from detr_nb.notation import Output, Target
+from detr_nb.positions import LearnedPositions
 from detr_nb.pretrained import (
     COCO_NAMES,
     PUBLISHED,
+    LastLayer,
+    export_onnx,
+    export_program,
     freeze,
     load_pretrained,
     rate_groups,
@@ -170,8 +175,6 @@ def test_the_mode_of_the_model_stays(small, weights, tmp_path):
 
 
 def test_learned_positions_are_loaded(small, weights, tmp_path):
-    from detr_nb.positions import LearnedPositions
-
     vectors = {f"backbone.1.{axis}_embed.weight": torch.randn(50, 32) for axis in ("row", "col")}
     model = small.fresh_model()
     model.memory.positions = LearnedPositions(64)
@@ -459,6 +462,28 @@ def test_a_table_transformer_is_a_pre_norm_detr(tmp_path):
     compare(load_pretrained(model, tmp_path), theirs)
 
 
+@pytest.mark.parametrize("old", [False, True], ids=["names of today", "older names"])
+def test_learned_positions_of_hugging_face(tmp_path, old):
+    from transformers import DetrConfig, DetrForObjectDetection
+
+    torch.manual_seed(0)
+    theirs = DetrForObjectDetection(DetrConfig(backbone="resnet18", position_embedding_type="learned", **SIZES)).eval()
+    shake(theirs)
+    theirs.save_pretrained(tmp_path)
+    if old:
+        state = load_file(tmp_path / "model.safetensors")
+        state = {name.replace("model.position", "model.backbone.position"): value for name, value in state.items()}
+        assert "model.backbone.position_embedding.row_embeddings.weight" in state
+        save_file(state, tmp_path / "model.safetensors")
+    model = ours_like("timm")
+    model.memory.positions = LearnedPositions(32)
+    compare(load_pretrained(model, tmp_path), theirs)
+    row, col = model.memory.positions.row, model.memory.positions.col
+    model.memory.positions.row, model.memory.positions.col = col, row  # the trap: channels are [x | y] here
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        compare(model, theirs)
+
+
 def hub_cache(folder: pathlib.Path, monkeypatch, source: pathlib.Path | None = None) -> None:
     """Let the hub's client look into a cache of this test, without a network; it may hold one model."""
     from huggingface_hub import constants
@@ -692,8 +717,7 @@ def test_files_of_the_authors_are_read_without_the_libraries_of_hugging_face(wei
     code = ("import sys\nfrom detr_nb.pretrained import read_checkpoint\nfrom pathlib import Path\n"
             f"assert len(read_checkpoint(Path({str(tmp_path / 'a.pth')!r})).state) == {len(weights)}\n"
             "print(sorted({'huggingface_hub', 'safetensors', 'transformers', 'timm'} & set(sys.modules)))")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=DATA.parents[1])
-    assert done.stdout.strip() == "[]"
+    assert run_alone(code) == "[]"
 
 
 # --- changing a model ---------------------------------------------------------------------------------------------
@@ -813,3 +837,126 @@ def test_the_frozen_norms_of_a_published_model_stay_frozen():
     learning = {id(p) for group in rate_groups(model, {"": 1e-4}) for p in group["params"]}
     assert stem and not any(id(p) in learning for name, p in model.named_parameters() if name in stem)
     assert any(isinstance(part, FrozenBatchNorm2d) for part in model.modules())
+
+
+# --- out again ----------------------------------------------------------------------------------------------------
+def dilated() -> DETR:
+    torch.manual_seed(0)
+    return detr_resnet50_dc5(**SMALL).eval()
+
+
+def last_layer_only() -> DETR:
+    torch.manual_seed(0)
+    return detr_resnet50(**SMALL, aux_loss=False).eval()
+
+
+EXPORTED = {
+    "official": lambda: Reference("detr_r18_small").model(), "dilated": dilated, "tiny": lambda: detr_tiny().eval(),
+    "last layer only": last_layer_only,
+}
+every_exported = pytest.mark.parametrize("build", EXPORTED.values(), ids=EXPORTED)
+UNSEEN = [((203, 251), (150, 217)), ((192, 256),), ((65, 333), (100, 90), (64, 70))]
+
+
+def unseen() -> list[tuple[Tensor, Tensor]]:
+    """Batches of other numbers and sizes than the example that a graph is recorded with."""
+    return [batch("image5_", *sizes) for sizes in UNSEEN]
+
+
+def compare_graph(model: DETR, predict: object, tolerance: float) -> None:
+    for images, pad in unseen():
+        with torch.no_grad():
+            expected, blind = (LastLayer(model)(images, mask) for mask in (pad, torch.zeros_like(pad)))
+        ours = [torch.as_tensor(value) for value in predict(images, pad)]
+        close(ours, list(expected), atol=tolerance, rtol=0)
+        if pad.any():
+            assert (blind[0] - expected[0]).abs().max() > 10 * tolerance, "the mask makes no difference here"
+
+
+@pytest.mark.slow
+@every_exported
+def test_a_recorded_graph_predicts_what_the_model_predicts(build, tmp_path):
+    model = build()
+    torch.export.save(export_program(model), tmp_path / "model.pt2")
+    compare_graph(model, torch.export.load(tmp_path / "model.pt2").module(), 1e-5)
+
+
+@pytest.mark.slow
+@every_exported
+def test_onnx_predicts_what_the_model_predicts(build, tmp_path):
+    import onnxruntime
+
+    model = build()
+    session = onnxruntime.InferenceSession(export_onnx(model, tmp_path / "model.onnx"))
+    assert [place.name for place in session.get_inputs()] == ["images", "pad"]
+    compare_graph(model, lambda images, pad: session.run(
+        ["logits", "boxes"], {"images": images.numpy(), "pad": pad.numpy()}), 5e-4)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.slow
+def test_class_names_travel_with_onnx(tmp_path):
+    import onnx
+
+    model = detr_tiny()
+    for names in (None, ["a cat", "Käfer"]):
+        model.names = names
+        found = {prop.key: prop.value for prop in onnx.load(export_onnx(model, tmp_path / "a.onnx")).metadata_props}
+        assert json.loads(found.get("names", "null")) == names
+
+
+@pytest.mark.slow
+def test_recording_leaves_the_model_and_the_type_checker_as_they_were():
+    model = detr_tiny().train()
+    model.encoder.eval()
+    modes = [part.training for part in model.modules()]
+    before = deepcopy(model.state_dict())
+    program = export_program(model)
+    model.decoder.head.classes.bias.data.add_(1)
+    assert [part.training for part in model.modules()] == modes
+    assert not torch.equal(program.state_dict["model.decoder.head.classes.bias"], model.decoder.head.classes.bias)
+    close(dict(program.state_dict), {f"model.{name}": before[name] for name in
+                                     (key.removeprefix("model.") for key in program.state_dict)})
+    with pytest.raises(ValueError, match="images must be one batch"):
+        export_program(WrongImages(model))
+    assert jaxtyping.config.jaxtyping_disable is False
+
+
+class WrongImages(nn.Module):
+    """Hands its detector something else than a batch of images."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, pad: Tensor) -> Output:
+        return self.model(images[0], pad)
+
+
+@pytest.mark.slow
+def test_the_packages_that_onnx_needs_are_named(tmp_path):
+    code = ("import sys\nsys.modules['onnxscript'] = None\n"  # as if it were not installed
+            "from detr_nb import detr_tiny, export_onnx\n"
+            f"try:\n    export_onnx(detr_tiny(), {str(tmp_path / 'a.onnx')!r})\n"
+            "except ModuleNotFoundError as error:\n    print(error)")
+    assert run_alone(code) == "writing ONNX needs onnxscript: pip install onnx onnxscript"
+    assert not (tmp_path / "a.onnx").exists()
+
+
+def run_alone(code: str) -> str:
+    """What a program of its own prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=DATA.parents[1])
+    return done.stdout.strip()
+
+
+@pytest.mark.slow
+def test_graphs_are_recorded_under_the_type_checker_too():
+    code = ("from jaxtyping import install_import_hook\n"
+            "install_import_hook('detr_nb', 'beartype.beartype')\n"
+            "import torch\nfrom detr_nb.model import detr_tiny\nfrom detr_nb.pretrained import export_program\n"
+            "images = torch.zeros(1, 3, 70, 90)\n"
+            "logits, boxes = export_program(detr_tiny()).module()(images, images[:, 0] > 0)\n"
+            "print(*boxes.shape)\n"
+            "try:\n    detr_tiny()(images, 'no mask')\nexcept Exception as error:\n"
+            "    print(type(error).__name__)")
+    assert run_alone(code).split() == ["1", "16", "4", "TypeCheckError"]
