@@ -571,7 +571,7 @@ class LastLayer(nn.Module):
 
 @torch.no_grad()
 def export_program(model: nn.Module) -> "torch.export.ExportedProgram":
-    """Record the graph of a detector in evaluation mode, for any number of images of any size.
+    """Record the graph of a detector in evaluation mode, for any number of images of more than one cell a side.
 
     The graph takes (images, pad) and gives what `LastLayer` gives. It does not check what it is given.
 
@@ -593,7 +593,8 @@ def export_program(model: nn.Module) -> "torch.export.ExportedProgram":
 def export_onnx(model: nn.Module, path: str | Path) -> Path:
     """Write a detector as ONNX: inputs `images` and `pad`, outputs `logits` and `boxes` of the last layer.
 
-    Batch, height and width are free. The class names, if there are any, are in the metadata under `names`, as JSON.
+    Batch, height and width are free, as in `export_program`. The class names, if there are any, are in the metadata
+    under `names`, as JSON.
 
     Args:
         model: stays as it is.
@@ -606,8 +607,10 @@ def export_onnx(model: nn.Module, path: str | Path) -> Path:
         ModuleNotFoundError: if torch's exporter lacks the packages that it needs.
     """
     try:
-        program = torch.onnx.export(export_program(model), input_names=["images", "pad"], verbose=False,
-                                    output_names=["logits", "boxes"])
+        program = torch.onnx.export(
+            export_program(model), dynamo=True, input_names=["images", "pad"], output_names=["logits", "boxes"],
+            dynamic_shapes={"images": {0: "batch", 2: "height", 3: "width"}, "pad": {}}, verbose=False,
+        )
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"writing ONNX needs {error.name}: pip install onnx onnxscript") from error
     if getattr(model, "names", None):

@@ -888,7 +888,8 @@ def test_onnx_predicts_what_the_model_predicts(build, tmp_path):
 
     model = build()
     session = onnxruntime.InferenceSession(export_onnx(model, tmp_path / "model.onnx"))
-    assert [place.name for place in session.get_inputs()] == ["images", "pad"]
+    assert {place.name: place.shape for place in session.get_inputs()} == {
+        "images": ["batch", 3, "height", "width"], "pad": ["batch", "height", "width"]}
     compare_graph(model, lambda images, pad: session.run(
         ["logits", "boxes"], {"images": images.numpy(), "pad": pad.numpy()}), 5e-4)
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
