@@ -237,7 +237,7 @@ class Detector(nn.Module):
     def __init__(self):
         super().__init__()
         self.memory = nn.Module()
-        self.memory.backbone, self.memory.project = TinyBackbone((4, 8)), nn.Conv2d(8, 4, 1)
+        self.memory.backbone, self.memory.project = TinyBackbone((4, 8), (4, 8)), nn.Conv2d(8, 4, 1)
         self.backbone_scale = nn.Parameter(torch.ones(1))  # not *in* a backbone
         self.head = nn.Linear(4, 2)
 
