@@ -151,6 +151,9 @@ class SetCriterion(nn.Module):
         weight_giou: weight of GIoU in the total.
         no_object_weight: weight of the no-object class inside the cross-entropy.
         dec_layers: number of layers that `weights` lists; `total` works for any number.
+
+    Attributes:
+        last_layer_weights: weight of each loss, the same at every layer; may change while training goes on.
     """
 
     def __init__(
@@ -162,8 +165,13 @@ class SetCriterion(nn.Module):
         self.num_classes, self.no_object_weight = num_classes, no_object_weight
         self.matcher = HungarianMatcher(cost_class, cost_bbox, cost_giou)
         self.last_layer_weights = {"loss_ce": weight_ce, "loss_bbox": weight_bbox, "loss_giou": weight_giou}
-        earlier = {f"{k}_{i}": w for i in range(dec_layers - 1) for k, w in self.last_layer_weights.items()}
-        self.weights = self.last_layer_weights | earlier
+        self.dec_layers = dec_layers
+
+    @property
+    def weights(self) -> dict[str, Number]:
+        """Weight of every loss that enters the total, by its official name."""
+        last = self.last_layer_weights
+        return last | {f"{name}_{i}": weight for i in range(self.dec_layers - 1) for name, weight in last.items()}
 
     def forward(self, out: Output, targets: Sequence[Target]) -> dict[str, Tensor]:
         """Match, and return what `set_losses` returns, under the official names.

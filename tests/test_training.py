@@ -165,12 +165,18 @@ def test_the_weight_moves_by_equal_factors(progress, start, end):
     assert falling_weight(1, start, end) == pytest.approx(end)
 
 
+def test_a_rate_of_zero_is_refused():
+    with pytest.raises(ValueError, match="lr must be above 0"):
+        optimizer_groups(detr_tiny(), 0, 0, 5e-3)
+
+
 def test_the_pace_reaches_rates_and_loss(scenes):
     run = start(replace(CONFIG, steps=4), scenes[0])
     criterion = build_criterion(run.config, 3)
     run.step = 2
     set_pace(run, criterion)
     assert criterion.last_layer_weights["loss_ce"] == pytest.approx(5**0.5)
+    assert criterion.weights["loss_ce"] == criterion.weights["loss_ce_1"] == criterion.last_layer_weights["loss_ce"]
     assert all(g["lr"] == pytest.approx(g["highest_lr"] * 0.5 / 0.97) for g in run.optimizer.param_groups)
 
 
@@ -209,7 +215,8 @@ SEVERAL = [pytest.param(stops, marks=pytest.mark.slow) for stops in ((2, 3), (0,
 
 
 @pytest.mark.parametrize("stops", [(5,), *SEVERAL])
-def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(stops, tmp_path):
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(stops, tmp_path, monkeypatch):
+    monkeypatch.setattr(chapter, "LOG_EVERY", 2)
     whole = fit(CONFIG)
     config = replace(CONFIG, folder=str(tmp_path / "run"), save_every=0)
     for after in stops:
@@ -220,7 +227,11 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(stops, tmp_path):
     assert torch.equal(weights(resumed.model), weights(whole.model))
     assert repr(resumed.metrics) == repr(whole.metrics)
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [row["step"] for row in whole.history]
+    logged, expected = (
+        [{name: value for name, value in row.items() if name not in ("seconds", "metrics")} for row in rows]
+        for rows in (map(json.loads, lines), whole.history)
+    )
+    assert logged == expected and len(logged) == 3
 
 
 @pytest.mark.slow
