@@ -275,6 +275,8 @@ class TinyModel:
 
     Args:
         num_queries: object queries.
+        widths: channels of the backbone's stages.
+        strides: pixels from one cell to the next after each stage.
         hidden_dim: model width.
         nheads: attention heads.
         enc_layers: encoder layers.
@@ -286,6 +288,8 @@ class TinyModel:
     """
 
     num_queries: int = 16
+    widths: tuple[int, ...] = (32, 64, 128)
+    strides: tuple[int, ...] = (4, 8, 8)
     hidden_dim: int = 128
     nheads: int = 4
     enc_layers: int = 1

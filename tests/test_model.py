@@ -327,7 +327,9 @@ def test_carried_weights_are_loaded_with_their_names(tmp_path, monkeypatch):
     with torch.no_grad():
         images = torch.randn(1, 3, 128, 128)
         torch.testing.assert_close(model(images).boxes, trained.eval()(images).boxes, atol=5e-3, rtol=0)
-    for wrong in ({"num_classes": 3}, {"num_queries": 7}, {"hidden_dim": 64}, {"dec_layers": 2}):
+    shapes = ({"num_classes": 3}, {"num_queries": 7}, {"hidden_dim": 64}, {"dec_layers": 2})
+    silent = ({"nheads": 8}, {"pre_norm": False}, {"temperature": 10000}, {"strides": (4, 8, 16)})
+    for wrong in (*shapes, *silent):
         with pytest.raises(ValueError, match="default arguments"):
             detr_tiny(pretrained=True, **wrong)
 
