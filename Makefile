@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 BUILD := book/_build
 PAGE := $(BUILD)/html/index.html
-CODE := detr_nb nbs tests tools book/_ext
+CODE := detr_nb nbs tests tools results book/_ext
 
 # Kernels come from the environment and read nobody's personal start-up files.
 export JUPYTER_PREFER_ENV_PATH := 1
