@@ -158,6 +158,8 @@ class ResNet(nn.Module):
         trainable: prefixes of the parts that learn; the stem and the first stage stay as they are.
 
     Attributes:
+        name: as given.
+        dilation: as given.
         widths: channels of each feature map.
         strides: pixels from one cell to the next in each feature map.
         channels: channels of the last feature map.
@@ -173,7 +175,7 @@ class ResNet(nn.Module):
         trainable: tuple[str, ...] = ("layer2", "layer3", "layer4"),
     ):
         super().__init__()
-        self.body = resnet_body(name, dilation)
+        self.name, self.dilation, self.body = name, dilation, resnet_body(name, dilation)
         if pretrained:
             self.body.load_state_dict(imagenet_weights(name))
         self.channels = self.body.inplanes

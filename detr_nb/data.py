@@ -11,7 +11,7 @@ __all__ = ['PER_BOX', 'KINDS', 'FATAL', 'TOLERANCE', 'PICTURES', 'TRAIN_SIDES', 
            'YoloDataset', 'target_record', 'entry_problems', 'all_entry_problems', 'all_problems', 'readable_items',
            'check_data', 'summary', 'to_sample', 'apply_transform', 'random_int', 'fitted_size', 'ShortSide',
            'RandomSizeCrop', 'train_transform', 'eval_transform', 'blank', 'pad_images', 'colours', 'normalise',
-           'denormalise', 'Batch', 'collate', 'mixed_seed', 'Transformed', 'epoch_order', 'epoch_loader',
+           'denormalise', 'Preprocess', 'Batch', 'collate', 'mixed_seed', 'Transformed', 'epoch_order', 'epoch_loader',
            'MemoryDataset', 'in_memory', 'turn_image', 'turn_boxes', 'turn_targets', 'turned_batch',
            'random_symmetries', 'MemoryLoader']
 
@@ -22,6 +22,7 @@ import warnings
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -811,6 +812,47 @@ def denormalise(
     """The way back from `normalise`, rounded to bytes."""
     return (255 * (images * colours(std, images) + colours(mean, images))).round().clamp(0, 255).byte()
 
+# %% ../nbs/05_data.ipynb #5c0ffee1
+@dataclass(frozen=True)
+class Preprocess:
+    """What is done to a picture before a model sees it; saved with the model, whose weights fit no other way.
+
+    Args:
+        short_side: length of the short side, pixels.
+        longest: longest side allowed, pixels.
+        mean: mean of each colour, from 0 to 1.
+        std: standard deviation of each colour, same unit.
+        size: (height, width) to which every picture is stretched instead, as by `in_memory`; None keeps its shape.
+
+    Raises:
+        ValueError: if a side is shorter than a pixel, or a deviation is not positive.
+    """
+
+    short_side: int = 800
+    longest: int = 1333
+    mean: tuple[Number, Number, Number] = IMAGENET_MEAN
+    std: tuple[Number, Number, Number] = IMAGENET_STD
+    size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.short_side, self.longest, *(self.size or ())) < 1:
+            raise ValueError(f"{self}: a side must be at least one pixel long")
+        if not (len(self.mean) == len(self.std) == 3 and min(self.std) > 0):
+            raise ValueError(f"{self}: give three means, and three deviations above zero")
+
+    @classmethod
+    def read(cls, told: Mapping[str, object]) -> "Preprocess":
+        """The rule that `dataclasses.asdict` made plain values of, with lists for tuples if JSON was on the way."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in told.items()})
+
+    def resize(self) -> v2.Transform:
+        """The part that changes sizes."""
+        return v2.Resize(list(self.size)) if self.size else eval_transform(self.short_side, self.longest)
+
+    def __call__(self, image: UInt8[Tensor, "3 y x"]) -> Float[Tensor, "3 y2 x2"]:
+        """Turn one picture into what the model takes, resized and normalised."""
+        return normalise(self.resize()(image), self.mean, self.std)
+
 # %% ../nbs/05_data.ipynb #aaafa2c4
 class Batch(NamedTuple):
     """What a model and its loss are given.
@@ -914,6 +956,7 @@ class MemoryDataset(Dataset):
         targets: the truth of each.
         names: name of each class, in the order of the contiguous ids.
         category_ids: raw id of each class; None takes the contiguous ids.
+        preprocess: what makes a picture one of these; None keeps its shape and takes the sides of these.
 
     Raises:
         ValueError: if there are not as many targets as images.
@@ -921,12 +964,13 @@ class MemoryDataset(Dataset):
 
     def __init__(
         self, images: UInt8[Tensor, "n 3 y x"], targets: Sequence[Target], names: Sequence[str],
-        category_ids: Sequence[int] | None = None,
+        category_ids: Sequence[int] | None = None, preprocess: Preprocess | None = None,
     ):
         if len(images) != len(targets):
             raise ValueError(f"{len(images)} images, but {len(targets)} targets: give one target for each image")
         self.images, self.targets, self.names = images, list(targets), list(names)
         self.category_ids = list(range(len(self.names)) if category_ids is None else category_ids)
+        self.preprocess = preprocess or Preprocess(min(images.shape[2:]), max(images.shape[2:]))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -943,9 +987,9 @@ def in_memory(dataset: Dataset, size: tuple[int, int]) -> MemoryDataset:
     """
     if not len(dataset):
         raise ValueError("in_memory(dataset): there are 0 images in it: does its split or file list any?")
-    resize = v2.Resize(list(size))
-    images, targets = zip(*(apply_transform(resize, *dataset[i]) for i in range(len(dataset))), strict=True)
-    return MemoryDataset(torch.stack(images), targets, dataset.names, dataset.category_ids)
+    rule = Preprocess(size=size)
+    images, targets = zip(*(apply_transform(rule.resize(), *dataset[i]) for i in range(len(dataset))), strict=True)
+    return MemoryDataset(torch.stack(images), targets, dataset.names, dataset.category_ids, rule)
 
 # %% ../nbs/05_data.ipynb #905446de
 FLIP_X, FLIP_Y, TRANSPOSE = 1, 2, 4  # a symmetry is a sum of these: transpose first, then flip

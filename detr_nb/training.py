@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['POLAR_EXPRESS', 'LOG_EVERY', 'predict_batch', 'train_step', 'orthogonalise', 'muon_step', 'adamw_step', 'Muon',
            'same_shape', 'matrices', 'optimizer_groups', 'rate_factor', 'falling_weight', 'ShapesData', 'TinyModel',
-           'DataSource', 'ModelSource', 'TrainConfig', 'save_atomically', 'Run', 'log_row', 'save_run', 'resume_run',
-           'Stopwatch', 'timed_modules', 'batches', 'default_device', 'bf16_pays', 'start', 'build_criterion',
-           'set_pace', 'Averages', 'evaluation_is_due', 'train_until_done', 'fit', 'matrix_speed', 'processor_name',
-           'describe_machine', 'peak_memory_mb', 'describe_run', 'record']
+           'DataSource', 'ModelSource', 'TrainConfig', 'save_atomically', 'Run', 'log_row', 'described', 'save_run',
+           'resume_run', 'Stopwatch', 'timed_modules', 'batches', 'default_device', 'bf16_pays', 'start',
+           'build_criterion', 'set_pace', 'Averages', 'evaluation_is_due', 'train_until_done', 'fit', 'matrix_speed',
+           'processor_name', 'describe_machine', 'peak_memory_mb', 'describe_run', 'record']
 
 # %% ../nbs/12_training.ipynb #bb39d379
 import json
@@ -33,7 +33,7 @@ from .backbone import parameter_groups
 from .data import Batch, MemoryDataset, MemoryLoader
 from .evaluation import evaluate
 from .losses import SetCriterion
-from .model import DETR, detr_tiny
+from .model import DETR, describe, detr_tiny
 from .notation import Number, Output
 from .shapes import EASY, SceneConfig, Scenes, render_scenes
 
@@ -454,6 +454,14 @@ def log_row(run: Run, means: dict[str, float], metrics: dict | None = None) -> N
             file.write(json.dumps(row) + "\n")
 
 # %% ../nbs/12_training.ipynb #9fefa6d8
+def described(model: DETR) -> dict[str, object] | None:
+    """What chapter 08 says of a model's architecture; None if it has no words for it."""
+    try:
+        return describe(model)
+    except ValueError:
+        return None
+
+
 def save_run(run: Run) -> None:
     """Write everything that a later process needs to go on, if the run has a folder."""
     if not run.folder:
@@ -462,6 +470,8 @@ def save_run(run: Run) -> None:
         "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "step": run.step,
         "seconds": run.seconds, "history": run.history, "parts": run.parts, "rng": torch.get_rng_state(),
         "config": repr(run.config), "names": run.model.names, "category_ids": run.model.category_ids,
+        "preprocess": asdict(run.model.preprocess), "threshold": run.model.threshold,
+        "description": described(run.model),
     }
     save_atomically(state, run.folder / "checkpoint.pt")
 
@@ -586,7 +596,7 @@ def start(config: TrainConfig, train: MemoryDataset) -> Run:
     """Build model and optimiser from the configuration, and resume what the folder holds."""
     torch.manual_seed(config.seed)
     model = config.model.build(len(train.names))
-    model.names, model.category_ids = train.names, train.category_ids
+    model.names, model.category_ids, model.preprocess = train.names, train.category_ids, train.preprocess
     model.to(default_device(), memory_format=torch.channels_last)
     groups = optimizer_groups(model, config.lr, config.lr_backbone, config.lr_muon)
     products = torch.bfloat16 if config.bf16 else torch.float32
