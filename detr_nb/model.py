@@ -534,7 +534,7 @@ def traits(part: nn.Module | None) -> dict[str, object]:
              if isinstance(value, (int, float, str, tuple, list)) and name != "training" and name[0] != "_"}
     return {"kind": type(part).__name__, **plain}
 
-
+# %% ../nbs/08_model.ipynb #5a7e0032
 def strange(name: str, found: object, usual: object) -> ValueError:
     """The complaint about a part that `detr` does not make."""
     return ValueError(f"{name or 'the model'} is {found} where `detr` makes {usual}, so {CONFIG} has no words for it: "

@@ -484,7 +484,7 @@ def tiny_widths(state: Mapping[str, Tensor]) -> tuple[int, ...]:
     stages = [name for name in state if re.fullmatch(r"memory\.backbone\.stages\.\d+\.conv1\.weight", name)]
     return tuple(len(state[name]) for name in stages)
 
-
+# %% ../nbs/14_pretrained.ipynb #14bb0013
 def fitting_model(checkpoint: Checkpoint) -> DETR | DETRDemo:
     """A model with the architecture of a checkpoint, and fresh weights.
 
@@ -511,7 +511,7 @@ def fitting_model(checkpoint: Checkpoint) -> DETR | DETRDemo:
     backbone = ResNet(BODIES[body], bool(told.get("dilation", False)), pretrained=False)
     return detr(backbone, nheads=told.get("nheads", 8), pre_norm=pre_norm, **sizes)
 
-
+# %% ../nbs/14_pretrained.ipynb #14bb0016
 def pretrained_model(source: str | Path | None = None) -> DETR | DETRDemo:
     """The trained model of a file, a folder or a name, in evaluation mode; its architecture is read off the file.
 

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['POLAR_EXPRESS', 'LOG_EVERY', 'predict_batch', 'train_step', 'orthogonalise', 'muon_step', 'adamw_step', 'Muon',
-           'same_shape', 'matrices', 'optimizer_groups', 'rate_factor', 'falling_weight', 'ShapesData', 'TinyModel',
-           'DataSource', 'ModelSource', 'TrainConfig', 'save_atomically', 'Run', 'log_row', 'described', 'save_run',
-           'resume_run', 'Stopwatch', 'timed_modules', 'batches', 'default_device', 'bf16_pays', 'start',
-           'build_criterion', 'set_pace', 'Averages', 'evaluation_is_due', 'train_until_done', 'fit', 'matrix_speed',
-           'processor_name', 'describe_machine', 'peak_memory_mb', 'describe_run', 'record']
+           'same_shape', 'matrices', 'optimizer_groups', 'rate_factor', 'falling_weight', 'scale_now', 'shrink',
+           'evaluate_at', 'ShapesData', 'TinyModel', 'DataSource', 'ModelSource', 'TrainConfig', 'save_atomically',
+           'Run', 'log_row', 'described', 'save_run', 'resume_run', 'Stopwatch', 'timed_modules', 'batches',
+           'default_device', 'bf16_pays', 'start', 'build_criterion', 'set_pace', 'Averages', 'evaluation_is_due',
+           'train_until_done', 'fit', 'matrix_speed', 'processor_name', 'describe_machine', 'peak_memory_mb',
+           'describe_run', 'record']
 
 # %% ../nbs/12_training.ipynb #bb39d379
 import json
@@ -16,7 +17,7 @@ import os
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -27,13 +28,14 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 from tqdm.auto import tqdm
 
 from .backbone import parameter_groups
-from .data import Batch, MemoryDataset, MemoryLoader
+from .data import Batch, MemoryDataset, MemoryLoader, collate
 from .evaluation import evaluate
 from .losses import SetCriterion
-from .model import DETR, describe, detr_tiny
+from .model import DETR, describe, detr_tiny, resize_padding
 from .notation import Number, Output
 from .shapes import EASY, SceneConfig, Scenes, render_scenes
 
@@ -241,6 +243,33 @@ def falling_weight(progress: Number, start: Number, end: Number) -> Number:
     """
     return start * (end / start) ** progress
 
+# %% ../nbs/12_training.ipynb #a3f17e58
+def scale_now(progress: Number, scales: Sequence[tuple[Number, Number]]) -> Number:
+    """The scale of the pictures at a point of the run.
+
+    Args:
+        progress: share of the run that is over, in [0, 1].
+        scales: pairs (share of the run, scale): until then, pictures have this scale; whole ones follow.
+    """
+    return next((scale for until, scale in scales if progress < until), 1)
+
+def shrink(batch: Batch, scale: Number) -> Batch:
+    """The same batch with smaller pictures; boxes are shares of the picture and stay.
+
+    Args:
+        batch: images, padding and targets.
+        scale: new side by old side, in (0, 1].
+    """
+    if scale == 1:
+        return batch
+    size = [round(side * scale) for side in batch.images.shape[-2:]]
+    images = interpolate(batch.images, size, mode="bilinear", antialias=True)
+    return Batch(images, resize_padding(batch.pad, tuple(size)), batch.targets)
+
+def evaluate_at(model: DETR, dataset: MemoryDataset, scale: Number) -> dict[str, float | dict[str, float]]:
+    """COCO's metrics on pictures of the scale that the model is trained on at the moment."""
+    return evaluate(model, dataset, collate=lambda samples: shrink(collate(samples), scale))
+
 # %% ../nbs/12_training.ipynb #b39e0ae3
 @dataclass(frozen=True)
 class ShapesData:
@@ -339,6 +368,7 @@ class TrainConfig:
         weight_ce: weight of the cross-entropy in the total at the start; boxes keep the paper's 5 and 2.
         final_weight_ce: the same at the end.
         no_object_weight: weight of the no-object class inside the cross-entropy; the paper's 0.1 suits 100 queries.
+        scales: pairs (share of the run, scale): until then, pictures are shrunk by this scale; whole ones follow.
         evaluations: how often the held-out set is evaluated, evenly spread, the last at the end.
         bf16: compute predictions and Muon's products in bfloat16: faster where the processor has instructions for
             it, slower elsewhere (see `bf16_pays`).
@@ -352,7 +382,7 @@ class TrainConfig:
     model: ModelSource = field(default_factory=TinyModel)
     steps: int = 5000
     minutes: Number | None = None
-    batch_size: int = 16
+    batch_size: int = 24
     lr: Number = 1.5e-3
     lr_backbone: Number = 1.5e-3
     lr_muon: Number = 5e-3
@@ -361,8 +391,9 @@ class TrainConfig:
     clip: Number = 0.1
     warmup: Number = 0.03
     weight_ce: Number = 5
-    final_weight_ce: Number = 1
+    final_weight_ce: Number = 0.5
     no_object_weight: Number = 0.5
+    scales: tuple[tuple[Number, Number], ...] = ((0.7, 0.75),)
     evaluations: int = 5
     bf16: bool = False
     seed: int = 0
@@ -662,15 +693,16 @@ def train_until_done(run: Run, criterion: SetCriterion, stream: Iterator[Batch],
         while run.progress < 1:
             begun = time.perf_counter()
             set_pace(run, criterion)
+            scale = scale_now(run.progress, run.config.scales)
             with watch.part("data"):
-                batch = next(stream).to(device)
+                batch = shrink(next(stream).to(device), scale)
             with watch.part("backward and update"):
                 averages.add(train_step(run.model, criterion, run.optimizer, batch, run.config.clip, run.config.bf16))
             run.step += 1
             run.seconds += time.perf_counter() - begun
             due = evaluation_is_due(run)
             if due or run.step % LOG_EVERY == 0:
-                log_row(run, averages.take(), evaluate(run.model, val) if due else None)
+                log_row(run, averages.take(), evaluate_at(run.model, val, scale) if due else None)
                 bar.set_postfix_str(run.line())
                 if due or run.seconds - saved >= run.config.save_every:
                     save_run(run)

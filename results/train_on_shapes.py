@@ -25,7 +25,8 @@ PAPER_MODEL = TinyModel(pre_norm=False, dropout=0.1, temperature=10000)
 def with_paper_recipe(config: TrainConfig) -> TrainConfig:
     """The paper's hyper-parameters on the same small backbone, data and budget."""
     optimizer = {"lr": 1e-4, "lr_backbone": 1e-5, "lr_muon": 0, "beta2": 0.999, "warmup": 0.0}
-    return replace(config, model=PAPER_MODEL, **optimizer, weight_ce=1, final_weight_ce=1, no_object_weight=0.1)
+    weights = {"weight_ce": 1, "final_weight_ce": 1, "no_object_weight": 0.1}
+    return replace(config, model=PAPER_MODEL, **optimizer, **weights, scales=())
 
 
 def read_command_line() -> argparse.Namespace:

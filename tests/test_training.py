@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from tqdm.auto import tqdm
 
 import detr_nb.training as chapter
-from detr_nb.data import MemoryLoader
+from detr_nb.data import Batch, MemoryLoader, pad_images
 from detr_nb.losses import SetCriterion
 from detr_nb.model import detr_resnet18, detr_tiny
 from detr_nb.shapes import EASY
@@ -32,7 +32,9 @@ from detr_nb.training import (
     orthogonalise,
     rate_factor,
     save_atomically,
+    scale_now,
     set_pace,
+    shrink,
     start,
     train_step,
     train_until_done,
@@ -171,13 +173,33 @@ def test_a_rate_of_zero_is_refused():
 
 
 def test_the_pace_reaches_rates_and_loss(scenes):
-    run = start(replace(CONFIG, steps=4), scenes[0])
+    run = start(replace(CONFIG, steps=4, weight_ce=4, final_weight_ce=1), scenes[0])
     criterion = build_criterion(run.config, 3)
     run.step = 2
     set_pace(run, criterion)
-    assert criterion.last_layer_weights["loss_ce"] == pytest.approx(5**0.5)
+    assert criterion.last_layer_weights["loss_ce"] == pytest.approx(2)
     assert criterion.weights["loss_ce"] == criterion.weights["loss_ce_1"] == criterion.last_layer_weights["loss_ce"]
     assert all(g["lr"] == pytest.approx(g["highest_lr"] * 0.5 / 0.97) for g in run.optimizer.param_groups)
+
+
+@given(scale=st.sampled_from([0.25, 0.5, 0.75, 1]), height=st.integers(8, 40), width=st.integers(8, 40))
+@settings(deadline=None, max_examples=20)
+def test_a_shrunk_batch_keeps_its_targets_and_pads_the_same_part(scale, height, width):
+    images = [torch.rand(3, y, x) for y, x in ((height, width), (40, 40))]
+    batch = Batch(*pad_images(images), [{}, {}])
+    smaller = shrink(batch, scale)
+    assert smaller.images.shape[-2:] == smaller.pad.shape[-2:] == (round(40 * scale), round(40 * scale))
+    assert smaller.targets is batch.targets
+    share = (~smaller.pad[0]).float().mean()
+    assert share == pytest.approx(height * width / 1600, abs=2.5 / (40 * scale))
+    flat = shrink(Batch(torch.full((1, 3, 40, 40), 0.3), batch.pad[:1], [{}]), scale)
+    assert_close(flat.images, torch.full_like(flat.images, 0.3))
+
+
+def test_pictures_grow_over_the_run():
+    scales = ((0.25, 0.5), (0.6, 0.75))
+    assert [scale_now(p, scales) for p in (0, 0.2, 0.25, 0.59, 0.6, 1)] == [0.5, 0.5, 0.75, 0.75, 1, 1]
+    assert scale_now(0, ()) == 1
 
 
 # --- steps --------------------------------------------------------------------------------------------------------
@@ -273,7 +295,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 # --- the clock ----------------------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_evaluation_is_not_on_the_clock(monkeypatch):
-    def slow(model, dataset):
+    def slow(model, dataset, **_):
         time.sleep(0.5)
         return {"AP": 0.0, "AP50": 0.0}
 
