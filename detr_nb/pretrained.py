@@ -6,7 +6,7 @@
 __all__ = ['Rules', 'OFFICIAL', 'PUBLISHED', 'HUGGING_FACE', 'NO_LIMIT', 'SUFFIXES', 'LAYOUTS', 'COCO_NAMES', 'BODIES', 'rename',
            'split_stacked', 'rows', 'resnet_blocks', 'architecture', 'differences', 'misfits', 'hidden_settings',
            'Checkpoint', 'unpickle_tensors', 'read_torch', 'download', 'folder_config', 'config_settings',
-           'folder_preprocess', 'read_hugging_face', 'locate', 'read_checkpoint', 'our_names', 'fill',
+           'folder_preprocess', 'read_hugging_face', 'locate', 'read_checkpoint', 'our_names', 'take_weights',
            'load_pretrained', 'tiny_widths', 'fitting_model', 'pretrained_model', 'predict_image', 'checked_ids',
            'replace_head', 'inside', 'parameters_in', 'freeze', 'rate_groups', 'resize_queries', 'LastLayer',
            'export_program', 'export_onnx']
@@ -424,7 +424,7 @@ COCO_NAMES = (  # by COCO's raw ids 0 to 90; ids that were never given are N/A
 ).split(",")
 
 # %% ../nbs/14_pretrained.ipynb #24e91cc1
-def fill(model: nn.Module, checkpoint: Checkpoint, source: object) -> nn.Module:
+def take_weights(model: nn.Module, checkpoint: Checkpoint, source: object) -> nn.Module:
     """Give a model all that a checkpoint holds; `source` is its name for messages.
 
     Raises:
@@ -469,7 +469,7 @@ def load_pretrained(model: nn.Module, source: str | Path) -> nn.Module:
         RuntimeError: if the network does not give it.
         ValueError: if it is damaged, holds more than tensors, has the wrong hash, or does not fit the model.
     """
-    return fill(model, read_checkpoint(locate(source)), source)
+    return take_weights(model, read_checkpoint(locate(source)), source)
 
 # %% ../nbs/14_pretrained.ipynb #14bb0001
 BODIES = {  # what the names of a ResNet's convolutions show: which it is
@@ -527,7 +527,7 @@ def pretrained_model(source: str | Path | None = None) -> DETR | DETRDemo:
     if source is None:
         return detr_tiny(pretrained=True)
     checkpoint = read_checkpoint(locate(source))
-    return fill(fitting_model(checkpoint), checkpoint, source).eval()
+    return take_weights(fitting_model(checkpoint), checkpoint, source).eval()
 
 # %% ../nbs/14_pretrained.ipynb #14bb0004
 @torch.no_grad()
