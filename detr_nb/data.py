@@ -822,7 +822,8 @@ class Preprocess:
         longest: longest side allowed, pixels.
         mean: mean of each colour, from 0 to 1.
         std: standard deviation of each colour, same unit.
-        size: (height, width) to which every picture is stretched instead, as by `in_memory`; None keeps its shape.
+        size: (height, width) to which every picture is stretched instead, as by `in_memory`: for models that have seen
+            one frame only. None keeps the shape.
 
     Raises:
         ValueError: if a side is shorter than a pixel, or a deviation is not positive.
@@ -949,14 +950,13 @@ def epoch_loader(
 
 # %% ../nbs/05_data.ipynb #5a44f310
 class MemoryDataset(Dataset):
-    """Images of one size in one tensor.
+    """Images of one size in one tensor; `preprocess` makes any picture one of them.
 
     Args:
         images: all pictures.
         targets: the truth of each.
         names: name of each class, in the order of the contiguous ids.
         category_ids: raw id of each class; None takes the contiguous ids.
-        preprocess: what makes a picture one of these; None keeps its shape and takes the sides of these.
 
     Raises:
         ValueError: if there are not as many targets as images.
@@ -964,13 +964,13 @@ class MemoryDataset(Dataset):
 
     def __init__(
         self, images: UInt8[Tensor, "n 3 y x"], targets: Sequence[Target], names: Sequence[str],
-        category_ids: Sequence[int] | None = None, preprocess: Preprocess | None = None,
+        category_ids: Sequence[int] | None = None,
     ):
         if len(images) != len(targets):
             raise ValueError(f"{len(images)} images, but {len(targets)} targets: give one target for each image")
         self.images, self.targets, self.names = images, list(targets), list(names)
         self.category_ids = list(range(len(self.names)) if category_ids is None else category_ids)
-        self.preprocess = preprocess or Preprocess(min(images.shape[2:]), max(images.shape[2:]))
+        self.preprocess = Preprocess(size=tuple(images.shape[2:]))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -987,9 +987,9 @@ def in_memory(dataset: Dataset, size: tuple[int, int]) -> MemoryDataset:
     """
     if not len(dataset):
         raise ValueError("in_memory(dataset): there are 0 images in it: does its split or file list any?")
-    rule = Preprocess(size=size)
-    images, targets = zip(*(apply_transform(rule.resize(), *dataset[i]) for i in range(len(dataset))), strict=True)
-    return MemoryDataset(torch.stack(images), targets, dataset.names, dataset.category_ids, rule)
+    resize = v2.Resize(list(size))
+    images, targets = zip(*(apply_transform(resize, *dataset[i]) for i in range(len(dataset))), strict=True)
+    return MemoryDataset(torch.stack(images), targets, dataset.names, dataset.category_ids)
 
 # %% ../nbs/05_data.ipynb #905446de
 FLIP_X, FLIP_Y, TRANSPOSE = 1, 2, 4  # a symmetry is a sum of these: transpose first, then flip

@@ -437,7 +437,7 @@ def detr_tiny(
         ValueError: if the other arguments are not those of the pretrained weights.
     """
     model = detr(TinyBackbone(widths, strides), num_classes, num_queries, **(TINY | sizes))
-    model.preprocess, model.threshold = Preprocess(128, 128), 0.5
+    model.preprocess, model.threshold = Preprocess(size=(128, 128)), 0.5
     if not pretrained:
         return model
     usual = {"strides": TINY_STRIDES, **TINY}

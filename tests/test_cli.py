@@ -223,10 +223,10 @@ def test_a_mistake_of_the_program_is_not_swallowed(monkeypatch):
         main(["predict", "scene.png"])
 
 
-def test_a_picture_that_the_model_cannot_take_is_passed_over(capsys):
+def test_a_picture_that_the_model_cannot_take_is_passed_over(capsys, quick):
     scene(30).save("scene.png")
     Image.new("RGB", (2000, 1)).save("thread.png")
-    assert main(["predict", "thread.png", "scene.png"]) == 1
+    assert main(["predict", "thread.png", "scene.png", "--weights", str(quick)]) == 1
     assert capsys.readouterr().err.startswith("thread.png: ")
 
 

@@ -102,7 +102,8 @@ def test_a_picture_is_prepared_as_the_authors_and_torchvision_do(height, width, 
 
 
 def test_a_picture_of_the_right_size_is_only_normalised():
-    exactly(Preprocess(128, 128)(bytes_of(128, 128)), normalise(bytes_of(128, 128)))
+    for rule in (Preprocess(128, 128), Preprocess(size=(128, 128))):
+        exactly(rule(bytes_of(128, 128)), normalise(bytes_of(128, 128)))
 
 
 def test_a_fixed_size_stretches_as_a_dataset_in_memory_does():
@@ -114,10 +115,10 @@ def test_a_fixed_size_stretches_as_a_dataset_in_memory_does():
 
 
 @pytest.mark.parametrize("size", [(20, 30), (30, 20), (16, 16)])
-def test_a_dataset_in_memory_knows_its_sides(size):
+def test_a_dataset_in_memory_knows_its_frame(size):
     dataset = MemoryDataset(torch.zeros(2, 3, *size, dtype=torch.uint8), [{}, {}], ["a"])
-    assert dataset.preprocess == Preprocess(min(size), max(size))
-    assert dataset.preprocess(dataset.images[0]).shape == (3, *size)
+    assert dataset.preprocess == Preprocess(size=size)
+    assert dataset.preprocess(bytes_of(50, 70)).shape == (3, *size)
 
 
 def test_other_means_and_deviations_are_used():
@@ -141,7 +142,7 @@ def test_a_rule_survives_json(rule):
 def test_every_build_function_says_how_pictures_come_in():
     for build in (detr_resnet18, DETRDemo):
         assert build(**{"num_classes": 5, "pretrained_backbone": False}).preprocess == Preprocess(800, 1333)
-    assert detr_tiny().preprocess == detr_tiny(pretrained=True).preprocess == Preprocess(128, 128)
+    assert detr_tiny().preprocess == detr_tiny(pretrained=True).preprocess == Preprocess(size=(128, 128))
 
 
 # --- to a folder and back -----------------------------------------------------------------------------------------
@@ -491,16 +492,10 @@ def test_a_model_without_words_can_be_trained_and_saved(tmp_path):
     assert load_pretrained(other, tmp_path).preprocess == model.preprocess
 
 
-def test_a_run_prepares_pictures_as_its_dataset_was(tmp_path):
-    stretched = in_memory(VocDataset(BCCD, "trainval"), (64, 96))
-    for train in (stretched, replace_images(stretched)):
-        model = start(TrainConfig(model=TinyModel()), train).model
-        assert model.preprocess == train.preprocess and model.names == train.names
-    assert model.preprocess == Preprocess(64, 96)
-
-
-def replace_images(dataset: MemoryDataset) -> MemoryDataset:
-    return MemoryDataset(dataset.images, dataset.targets, dataset.names, dataset.category_ids)
+def test_a_run_prepares_pictures_as_its_dataset_was():
+    train = in_memory(VocDataset(BCCD, "trainval"), (64, 96))
+    model = start(TrainConfig(model=TinyModel()), train).model
+    assert model.preprocess == Preprocess(size=(64, 96)) and model.names == train.names
 
 
 # --- Hugging Face's preparation -----------------------------------------------------------------------------------
@@ -594,7 +589,7 @@ def test_the_package_carries_a_model():
     expected = output(detr_tiny(pretrained=True))
     for source in (None, Path(detr_nb.__file__).parent / "weights" / "detr_tiny.pt"):
         exactly(output(pretrained_model(source)), expected)
-        assert pretrained_model(source).preprocess == Preprocess(128, 128)
+        assert pretrained_model(source).preprocess == Preprocess(size=(128, 128))
 
 
 def test_a_hugging_face_folder_makes_its_model(peer_folder):
