@@ -145,7 +145,7 @@ def predict_file(model: DETR | DETRDemo, picture: Path, result: Path, threshold:
     return found
 
 
-def predict(wish: Predict) -> int:
+def predict(options: Predict) -> int:
     """Look at every picture, write the results and say how it went.
 
     Returns:
@@ -154,23 +154,23 @@ def predict(wish: Predict) -> int:
     Raises:
         ValueError: if there is no picture, one would be overwritten, the threshold is no score, or the model is none.
     """
-    if wish.threshold is not None and not 0 <= wish.threshold <= 1:
-        raise ValueError(f"--threshold {wish.threshold}: give a score from 0 to 1")
-    pictures = find_pictures(wish.images, wish.out)
-    results = result_paths(pictures, wish.out)
-    model = pretrained_model(wish.weights).to(default_device())
-    wish.out.mkdir(parents=True, exist_ok=True)
+    if options.threshold is not None and not 0 <= options.threshold <= 1:
+        raise ValueError(f"--threshold {options.threshold}: give a score from 0 to 1")
+    pictures = find_pictures(options.images, options.out)
+    results = result_paths(pictures, options.out)
+    model = pretrained_model(options.weights).to(default_device())
+    options.out.mkdir(parents=True, exist_ok=True)
     rows, failed = [], 0
     for number, (picture, result) in enumerate(zip(tqdm(pictures, disable=None), results, strict=True), 1):
         try:
-            found = predict_file(model, picture, result, wish.threshold)
+            found = predict_file(model, picture, result, options.threshold)
             rows += coco_rows(found, number, picture, model.category_ids)
         except FAILURES as error:
             failed += 1
             tqdm.write(str(error) if isinstance(error, DataError) else f"{picture}: {error}", file=sys.stderr)
-    write_rows(rows, wish.out / "detections.json")
+    write_rows(rows, options.out / "detections.json")
     done = len(pictures) - failed
-    print(f"{done} of {len(pictures)} pictures done, {len(rows)} boxes in {wish.out / 'detections.json'}")
+    print(f"{done} of {len(pictures)} pictures done, {len(rows)} boxes in {options.out / 'detections.json'}")
     return 0 if not failed else 1 if done else 2
 
 # %% ../nbs/18_cli.ipynb #18c00029
@@ -187,10 +187,10 @@ def main(args: Sequence[str] | None = None) -> int:
         The exit code of the command; 2 if nothing could be done.
     """
     kinds = {name: kind for name, (kind, _) in COMMANDS.items()}
-    wish = tyro.extras.subcommand_cli_from_dict(kinds, prog="detr-nb", args=args)
-    run = {kind: function for kind, function in COMMANDS.values()}[type(wish)]
+    options = tyro.extras.subcommand_cli_from_dict(kinds, prog="detr-nb", args=args)
+    run = {kind: function for kind, function in COMMANDS.values()}[type(options)]
     try:
-        return run(wish)
+        return run(options)
     except FAILURES as error:
         print(f"detr-nb: {error}", file=sys.stderr)
         return 2

@@ -12,8 +12,8 @@ __all__ = ['PER_BOX', 'KINDS', 'FATAL', 'TOLERANCE', 'PICTURES', 'TRAIN_SIDES', 
            'check_data', 'summary', 'to_sample', 'apply_transform', 'random_int', 'fitted_size', 'ShortSide',
            'RandomSizeCrop', 'train_transform', 'eval_transform', 'blank', 'pad_images', 'colours', 'normalise',
            'denormalise', 'Preprocess', 'Batch', 'collate', 'mixed_seed', 'Transformed', 'epoch_order', 'epoch_loader',
-           'MemoryDataset', 'in_memory', 'turn_image', 'turn_boxes', 'turn_targets', 'turned_batch',
-           'random_symmetries', 'MemoryLoader']
+           'EpochLoader', 'Augmented', 'MemoryDataset', 'in_memory', 'turn_image', 'turn_boxes', 'turn_targets',
+           'turned_batch', 'random_symmetries', 'MemoryLoader']
 
 # %% ../nbs/05_data.ipynb #258ce4d8
 import json
@@ -948,6 +948,59 @@ def epoch_loader(
         generator=torch.Generator(),  # else each epoch would draw from the global generator
     )
 
+# %% ../nbs/05_data.ipynb #5a10ad01
+class EpochLoader:
+    """Batches of an `Augmented` dataset, epoch by epoch.
+
+    Args:
+        dataset: what is learned from.
+        batch_size: images a batch; the last may have fewer.
+        seed: which series of random numbers.
+    """
+
+    def __init__(self, dataset: "Augmented", batch_size: int, seed: int = 0):
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+
+    def __len__(self) -> int:
+        """Number of batches of an epoch."""
+        return math.ceil(len(self.dataset) / self.batch_size)
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """The batches of one epoch."""
+        data, rule = self.dataset, self.dataset.preprocess
+        make_batch = partial(collate, mean=rule.mean, std=rule.std)
+        loader = epoch_loader(
+            data.dataset, data.transform, self.batch_size, self.seed, number, data.workers, make_batch=make_batch
+        )
+        return iter(loader)
+
+class Augmented(Dataset):
+    """A dataset to train on, whose images pass a transform that draws anew in each epoch.
+
+    Args:
+        dataset: gives uint8 images and targets; has `names` and `category_ids`.
+        transform: a torchvision v2 transform, such as `train_transform()`.
+        preprocess: what is done to a picture when the trained model predicts; its mean and deviation hold here too.
+        workers: processes that read ahead; 0 reads in this one.
+    """
+
+    def __init__(
+        self, dataset: Dataset, transform: Callable | None, preprocess: Preprocess = Preprocess(), workers: int = 0
+    ):
+        self.dataset, self.transform, self.preprocess, self.workers = dataset, transform, preprocess, workers
+        self.names, self.category_ids = dataset.names, dataset.category_ids
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[UInt8[Tensor, "3 y x"], Target]:
+        """One image and its truth, as they are before the transform."""
+        return self.dataset[index]
+
+    def loader(self, batch_size: int, seed: int = 0) -> EpochLoader:
+        """Batches to train on."""
+        return EpochLoader(self, batch_size, seed)
+
 # %% ../nbs/05_data.ipynb #5a44f310
 class MemoryDataset(Dataset):
     """Images of one size in one tensor; `preprocess` makes any picture one of them.
@@ -978,6 +1031,10 @@ class MemoryDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[UInt8[Tensor, "3 y x"], Target]:
         """One image and its truth, as they were given."""
         return self.images[index], self.targets[index]
+
+    def loader(self, batch_size: int, seed: int = 0) -> "MemoryLoader":
+        """Batches to train on."""
+        return MemoryLoader(self, batch_size, seed)
 
 def in_memory(dataset: Dataset, size: tuple[int, int]) -> MemoryDataset:
     """Read a whole dataset, every picture resized to (height, width); results are still reported in original pixels.

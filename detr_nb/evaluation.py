@@ -7,13 +7,14 @@ __all__ = ['COCO_THRESHOLDS', 'Detections', 'Detect', 'Collate', 'ERRORS', 'prec
            'image_size', 'boxes_in_pixels', 'Compared', 'crowd_share', 'compare', 'Judged', 'judge_image', 'judge',
            'ap_table', 'coco_annotations', 'coco_results', 'coco_index', 'run_pycocotools', 'mean_of_present',
            'summary_of', 'check_labels', 'check_pairs', 'on_cpu', 'coco_evaluate', 'evaluation_mode', 'relabel',
-           'detect', 'predict_with_truth', 'predict', 'evaluate', 'pr_curve', 'confusion_matrix', 'sort_errors',
-           'ErrorTable', 'error_table', 'error_breakdown', 'mend', 'table_ap', 'error_gains']
+           'batch_maker', 'detect', 'predict_with_truth', 'predict', 'evaluate', 'pr_curve', 'confusion_matrix',
+           'sort_errors', 'ErrorTable', 'error_table', 'error_breakdown', 'mend', 'table_ap', 'error_gains']
 
 # %% ../nbs/11_evaluation.ipynb #df64019c
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -362,6 +363,11 @@ def relabel(found: Detections, source: Sequence[int], goal: Sequence[int]) -> De
 Detect = Callable[..., list[dict[str, Tensor]]]
 Collate = Callable[[Sequence], Batch]
 
+def batch_maker(model: nn.Module) -> Collate:
+    """`collate` with the colours that belong to the model's weights, if it has a `preprocess` that says them."""
+    rule = getattr(model, "preprocess", None)
+    return collate if rule is None else partial(collate, mean=rule.mean, std=rule.std)
+
 @torch.inference_mode()
 def detect(model: nn.Module, batch: Batch, to_detections: Detect) -> list[Detections]:
     """Detections of a batch in pixels of each target's size, on the CPU."""
@@ -370,13 +376,13 @@ def detect(model: nn.Module, batch: Batch, to_detections: Detect) -> list[Detect
     return [on_cpu(found) for found in to_detections(out, [image_size(target) for target in batch.targets])]
 
 def predict_with_truth(
-    model: nn.Module, dataset: object, batch_size: int, to_detections: Detect, collate: Collate
+    model: nn.Module, dataset: object, batch_size: int, to_detections: Detect, collate: Collate | None
 ) -> Iterator[tuple[Target, Detections]]:
     """Go once through a dataset and give truth and detections of every image, under the dataset's labels."""
-    source = getattr(model, "category_ids", None)
+    source, make_batch = getattr(model, "category_ids", None), collate or batch_maker(model)
     for start in range(0, len(dataset), batch_size):
         items = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-        batch = collate([(image, {"size": tuple(image.shape[-2:]), **target}) for image, target in items])
+        batch = make_batch([(image, {"size": tuple(image.shape[-2:]), **target}) for image, target in items])
         with evaluation_mode(model):
             rows = detect(model, batch, to_detections)
         for place, (target, row) in enumerate(zip(batch.targets, rows, strict=True), start):
@@ -389,17 +395,18 @@ def predict(
     dataset: object,
     batch_size: int = 16,
     to_detections: Detect = postprocess,
-    collate: Collate = collate,
+    collate: Collate | None = None,
 ) -> list[Detections]:
     """Detections of every image of a dataset, under the dataset's own labels.
 
     Args:
         model: maps `(images, pad)` to an `Output`. If it has `category_ids`, the raw id of each of its labels, its
             labels are translated to the dataset's.
-        dataset: `dataset[i]` gives a uint8 image and a `Target`; has `category_ids`.
+        dataset: `dataset[i]` gives a uint8 image of the size that the model shall see, and a `Target`; has
+            `category_ids`.
         batch_size: images a forward pass.
         to_detections: turns an output and sizes into detections.
-        collate: normalises and pads the samples of a batch.
+        collate: normalises and pads the samples of a batch; None does it with the model's colours, by `batch_maker`.
 
     Returns:
         `scores`, `labels`, `boxes` (xyxy in pixels of the target's `size`) and `image_id`, one an image, on the CPU.
@@ -411,7 +418,7 @@ def evaluate(
     dataset: object,
     batch_size: int = 16,
     to_detections: Detect = postprocess,
-    collate: Collate = collate,
+    collate: Collate | None = None,
 ) -> dict[str, float | dict[str, float]]:
     """COCO's metrics of a model on a dataset; the model stays on its device and keeps its mode.
 
@@ -420,7 +427,7 @@ def evaluate(
         dataset: see `predict`; has `names` too, the name of every label.
         batch_size: images a forward pass.
         to_detections: turns an output and sizes into detections.
-        collate: normalises and pads the samples of a batch.
+        collate: normalises and pads the samples of a batch; None does it with the model's colours, by `batch_maker`.
 
     Returns:
         What `coco_evaluate` returns.

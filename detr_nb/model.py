@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CARD', 'TINY', 'TINY_STRIDES', 'CONFIG', 'WEIGHTS', 'MODEL_TYPE', 'BACKBONES', 'SIZES', 'PARTS', 'resize_padding',
            'cell_centres', 'check_padding', 'SingleLevelMemory', 'ObjectQueries', 'columns', 'softmax_scores', 'MLP',
-           'Head', 'check_images', 'OnDisk', 'DETR', 'detr', 'detr_resnet50', 'detr_resnet50_dc5', 'detr_resnet101',
+           'Head', 'check_images', 'HubMixin', 'DETR', 'detr', 'detr_resnet50', 'detr_resnet50_dc5', 'detr_resnet101',
            'detr_resnet101_dc5', 'detr_resnet18', 'load_tiny_weights', 'detr_tiny', 'postprocess', 'describe_backbone',
-           'build_backbone', 'read_off', 'build', 'traits', 'strange', 'describe', 'check_classes', 'model_config',
+           'build_backbone', 'read_off', 'build', 'traits', 'unknown_part', 'describe', 'check_classes', 'model_config',
            'damaged', 'read_json', 'read_safetensors', 'model_from_config', 'saved_model', 'from_hub', 'last_features',
            'learned_grid', 'DETRDemo']
 
@@ -189,6 +189,7 @@ def check_images(images: Tensor, pad: Tensor | None) -> None:
                          f"got {pad.dtype} of shape {tuple(pad.shape)}")
 
 # %% ../nbs/08_model.ipynb #5a7e0004
+#| code-fold: true
 CARD = """---
 {{ card_data }}
 ---
@@ -207,47 +208,48 @@ Architecture, classes and the sizes and colours of its pictures are in config.js
 """
 
 # %% ../nbs/08_model.ipynb #5a7e0002
-class OnDisk(
+#| code-fold: true
+class HubMixin(
     ModelHubMixin, library_name="detr_nb", pipeline_tag="object-detection", tags=["detr"], model_card_template=CARD,
     repo_url="https://github.com/detr-nb/detr_nb", paper_url="https://arxiv.org/abs/2005.12872",
 ):
     """What a model needs to be saved in a folder or on the Hugging Face hub, and to be made again from there."""
 
-    def save_pretrained(self, save_directory: str | Path, **wishes: object) -> str | None:
+    def save_pretrained(self, save_directory: str | Path, **options: object) -> str | None:
         """Write config.json, model.safetensors and, if there is none, a card for readers (README.md).
 
         Args:
             save_directory: the folder; made if it is missing.
-            wishes: other arguments of `huggingface_hub.ModelHubMixin.save_pretrained`, such as `push_to_hub=True`.
+            options: other arguments of `huggingface_hub.ModelHubMixin.save_pretrained`, such as `push_to_hub=True`.
 
         Raises:
             ValueError: before anything is written, if a part of the model is not of the kind that `detr` makes.
         """
-        return super().save_pretrained(save_directory, **{**wishes, "config": model_config(self)})
+        return super().save_pretrained(save_directory, **{**options, "config": model_config(self)})
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write the weights; the mixin calls it."""
         save_model(self, str(save_directory / WEIGHTS))
 
-    def push_to_hub(self, repo_id: str, **wishes: object) -> str:
+    def push_to_hub(self, repo_id: str, **options: object) -> str:
         """Send what `save_pretrained` writes to the hub, and return the address of the commit.
 
         Args:
             repo_id: name of the model there, such as "somebody/detr"; made if it is missing.
-            wishes: other arguments of `huggingface_hub.ModelHubMixin.push_to_hub`, such as `private` or `token`.
+            options: other arguments of `huggingface_hub.ModelHubMixin.push_to_hub`, such as `private` or `token`.
 
         Raises:
             ValueError: before anything is sent, if a part of the model is not of the kind that `detr` makes.
         """
-        return super().push_to_hub(repo_id, **{**wishes, "config": model_config(self)})
+        return super().push_to_hub(repo_id, **{**options, "config": model_config(self)})
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, **wishes: object) -> "DETR":
+    def from_pretrained(cls, source: str | Path, **options: object) -> "DETR":
         """Make the model again that `save_pretrained` wrote, in evaluation mode; no other weights are fetched.
 
         Args:
             source: the folder, or the id of one on the hub; an existing folder wins.
-            wishes: arguments of `huggingface_hub.snapshot_download`, such as `revision` or `token`.
+            options: arguments of `huggingface_hub.snapshot_download`, such as `revision` or `token`.
 
         Raises:
             FileNotFoundError: if the folder lacks a file.
@@ -255,10 +257,10 @@ class OnDisk(
             ValueError: if a file is damaged, does not describe a model, or does not belong to the other.
         """
         folder = Path(source).expanduser()
-        return saved_model(folder if folder.is_dir() else from_hub(str(source), **wishes))
+        return saved_model(folder if folder.is_dir() else from_hub(str(source), **options))
 
 # %% ../nbs/08_model.ipynb #534bf0d9
-class DETR(nn.Module, OnDisk):
+class DETR(nn.Module, HubMixin):
     """Images in, a set of classes and boxes out (Carion et al. 2020, figure 2).
 
     Args:
@@ -535,7 +537,7 @@ def traits(part: nn.Module | None) -> dict[str, object]:
     return {"kind": type(part).__name__, **plain}
 
 # %% ../nbs/08_model.ipynb #5a7e0032
-def strange(name: str, found: object, usual: object) -> ValueError:
+def unknown_part(name: str, found: object, usual: object) -> ValueError:
     """The complaint about a part that `detr` does not make."""
     return ValueError(f"{name or 'the model'} is {found} where `detr` makes {usual}, so {CONFIG} has no words for it: "
                       "save the state_dict with torch.save, and build the model in your program before you load it")
@@ -550,16 +552,16 @@ def describe(model: DETR) -> dict[str, object]:
     parts = dict(model.named_modules())
     for name, kinds in PARTS.items():
         if type(parts.get(name)) not in kinds:
-            raise strange(name, type(parts.get(name)).__name__, " or ".join(kind.__name__ for kind in kinds))
+            raise unknown_part(name, type(parts.get(name)).__name__, " or ".join(kind.__name__ for kind in kinds))
     if model.scores is not softmax_scores:
-        raise strange("scores", model.scores, "softmax_scores")
+        raise unknown_part("scores", model.scores, "softmax_scores")
     words = read_off(model)
     with torch.device("meta"):
         usual = dict(build(words).named_modules())
     for name in [name for name in {**usual, **parts} if name]:
         ours, theirs = traits(parts.get(name)), traits(usual.get(name))
         if ours != theirs:
-            raise strange(name, *(dict(a.items() - b.items()) for a, b in ((ours, theirs), (theirs, ours))))
+            raise unknown_part(name, *(dict(a.items() - b.items()) for a, b in ((ours, theirs), (theirs, ours))))
     return words
 
 # %% ../nbs/08_model.ipynb #5a7e0019
@@ -666,18 +668,18 @@ def saved_model(folder: Path, weights: str = WEIGHTS) -> DETR:
     return model.eval()
 
 # %% ../nbs/08_model.ipynb #5a7e0026
-def from_hub(name: str, **wishes: object) -> Path:
+def from_hub(name: str, **options: object) -> Path:
     """The local copy of a model on the Hugging Face hub; it is fetched if it is not in the hub's cache.
 
     Args:
         name: id of the model, such as "somebody/detr".
-        wishes: other arguments of `huggingface_hub.snapshot_download`.
+        options: other arguments of `huggingface_hub.snapshot_download`.
 
     Raises:
         RuntimeError: if there is no such model, or no network.
     """
     try:
-        return Path(snapshot_download(name, allow_patterns=["*config.json", "model*.safetensors"], **wishes))
+        return Path(snapshot_download(name, allow_patterns=["*config.json", "model*.safetensors"], **options))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise RuntimeError(f"{name!r} is no file or folder here, and the Hugging Face hub gives no model of that name "

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['POLAR_EXPRESS', 'LOG_EVERY', 'predict_batch', 'train_step', 'orthogonalise', 'muon_step', 'adamw_step', 'Muon',
            'same_shape', 'matrices', 'optimizer_groups', 'rate_factor', 'falling_weight', 'scale_now', 'shrink',
-           'evaluate_at', 'ShapesData', 'TinyModel', 'DataSource', 'ModelSource', 'TrainConfig', 'save_atomically',
-           'Run', 'log_row', 'described', 'save_run', 'resume_run', 'Stopwatch', 'timed_modules', 'batches',
-           'default_device', 'bf16_pays', 'start', 'build_criterion', 'set_pace', 'Averages', 'evaluation_is_due',
-           'train_until_done', 'fit', 'matrix_speed', 'processor_name', 'describe_machine', 'peak_memory_mb',
-           'describe_run', 'record']
+           'evaluate_at', 'ShapesData', 'TinyModel', 'Loader', 'TrainingData', 'DataSource', 'ModelSource',
+           'TrainConfig', 'save_atomically', 'Run', 'log_row', 'described', 'save_run', 'resume_run', 'Stopwatch',
+           'timed_modules', 'batches', 'default_device', 'bf16_pays', 'start', 'build_criterion', 'set_pace',
+           'Averages', 'evaluation_is_due', 'train_until_done', 'fit', 'matrix_speed', 'processor_name',
+           'describe_machine', 'peak_memory_mb', 'describe_run', 'record']
 
 # %% ../nbs/12_training.ipynb #bb39d379
 import json
@@ -29,11 +29,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from .backbone import parameter_groups
-from .data import Batch, MemoryDataset, MemoryLoader, collate
-from .evaluation import evaluate
+from .data import Batch, MemoryDataset, Preprocess
+from .evaluation import batch_maker, evaluate
 from .losses import SetCriterion
 from .model import DETR, describe, detr_tiny, resize_padding
 from .notation import Number, Output
@@ -266,9 +267,10 @@ def shrink(batch: Batch, scale: Number) -> Batch:
     images = interpolate(batch.images, size, mode="bilinear", antialias=True)
     return Batch(images, resize_padding(batch.pad, tuple(size)), batch.targets)
 
-def evaluate_at(model: DETR, dataset: MemoryDataset, scale: Number) -> dict[str, float | dict[str, float]]:
+def evaluate_at(model: DETR, dataset: Dataset, scale: Number) -> dict[str, float | dict[str, float]]:
     """COCO's metrics on pictures of the scale that the model is trained on at the moment."""
-    return evaluate(model, dataset, collate=lambda samples: shrink(collate(samples), scale))
+    make_batch = batch_maker(model)
+    return evaluate(model, dataset, collate=lambda samples: shrink(make_batch(samples), scale))
 
 # %% ../nbs/12_training.ipynb #b39e0ae3
 @dataclass(frozen=True)
@@ -334,11 +336,38 @@ class TinyModel:
 
 # %% ../nbs/12_training.ipynb #db8564d1
 @runtime_checkable
+class Loader(Protocol):
+    """Batches of any epoch, by its number."""
+
+    def __len__(self) -> int:
+        """Number of batches of an epoch."""
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """The batches of one epoch."""
+
+@runtime_checkable
+class TrainingData(Protocol):
+    """What is learned from: `MemoryDataset`, or `Augmented` for images that a transform changes.
+
+    Attributes:
+        names: name of each class, in the order of the contiguous ids.
+        category_ids: raw id of each class.
+        preprocess: what is done to a picture when the trained model predicts.
+    """
+
+    names: list[str]
+    category_ids: list[int]
+    preprocess: Preprocess
+
+    def loader(self, batch_size: int, seed: int) -> Loader:
+        """Batches to train on."""
+
+@runtime_checkable
 class DataSource(Protocol):
     """What `TrainConfig.data` must be able to do."""
 
-    def load(self) -> tuple[MemoryDataset, MemoryDataset]:
-        """Return what is learned from and what is held out."""
+    def load(self) -> tuple[TrainingData, Dataset]:
+        """Return what is learned from and what is held out; the latter gives images as the model shall see them."""
 
 @runtime_checkable
 class ModelSource(Protocol):
@@ -589,7 +618,7 @@ def timed_modules(watch: Stopwatch, modules: dict[str, nn.Module]) -> Iterator[N
             handle.remove()
 
 # %% ../nbs/12_training.ipynb #20a994b5
-def batches(loader: MemoryLoader, step: int) -> Iterator[Batch]:
+def batches(loader: Loader, step: int) -> Iterator[Batch]:
     """Endless batches, epoch after epoch, as a run sees them from the given step on.
 
     Args:
@@ -623,7 +652,7 @@ def bf16_pays(rounds: int = 20) -> bool:
     return half < 0.8 * full
 
 # %% ../nbs/12_training.ipynb #b449872a
-def start(config: TrainConfig, train: MemoryDataset) -> Run:
+def start(config: TrainConfig, train: TrainingData) -> Run:
     """Build model and optimiser from the configuration, and resume what the folder holds."""
     torch.manual_seed(config.seed)
     model = config.model.build(len(train.names))
@@ -676,7 +705,7 @@ def evaluation_is_due(run: Run) -> bool:
 # %% ../nbs/12_training.ipynb #71b33772
 LOG_EVERY = 50
 
-def train_until_done(run: Run, criterion: SetCriterion, stream: Iterator[Batch], val: MemoryDataset, bar: tqdm) -> None:
+def train_until_done(run: Run, criterion: SetCriterion, stream: Iterator[Batch], val: Dataset, bar: tqdm) -> None:
     """The loop itself.
 
     Args:
@@ -725,7 +754,7 @@ def fit(config: TrainConfig) -> Run:
     train, val = config.data.load()
     run = start(config, train)
     criterion = build_criterion(config, len(train.names))
-    stream = batches(MemoryLoader(train, config.batch_size, config.seed), run.step)
+    stream = batches(train.loader(config.batch_size, config.seed), run.step)
     with tqdm(total=100, disable=not config.progress, bar_format="{l_bar}{bar}| {postfix}") as bar:
         train_until_done(run, criterion, stream, val, bar)
     return run

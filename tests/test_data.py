@@ -26,11 +26,13 @@ from torchvision.transforms import v2
 from detr_nb.boxes import cxcywh_to_xyxy, scale_boxes, xyxy_to_cxcywh, xyxy_to_xywh
 from detr_nb.data import (
     KINDS,
+    Augmented,
     Batch,
     CocoDataset,
     DataError,
     MemoryDataset,
     MemoryLoader,
+    Preprocess,
     Problem,
     RandomSizeCrop,
     Transformed,
@@ -41,6 +43,7 @@ from detr_nb.data import (
     collate,
     denormalise,
     epoch_loader,
+    epoch_order,
     eval_transform,
     fitted_size,
     in_memory,
@@ -770,6 +773,17 @@ def test_errors_keep_their_words_through_workers(tmp_path, workers):
         next(iter(epoch_loader(dataset, None, 1, workers=workers)))
     error = pickle.loads(pickle.dumps(DataError("words")))
     assert str(error) == "words"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_augmented_dataset_hands_out_its_batches(workers):
+    cells, rule = VocDataset(BCCD, "trainval"), Preprocess(mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1))
+    loader = Augmented(cells, RECIPE, rule, workers).loader(2, seed=4)
+    assert len(loader) == 2
+    for epoch in (0, 1):
+        views, order = Transformed(cells, RECIPE, seed=4, epoch=epoch), epoch_order(3, 4, epoch).tolist()
+        expected = [collate([views[i] for i in part], rule.mean, rule.std) for part in (order[:2], order[2:])]
+        assert_same(fingerprint(loader.epoch(epoch)), fingerprint(expected))
 
 
 def painted_memory(size, count=64):

@@ -20,7 +20,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from detr_nb.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
-from detr_nb.data import CocoDataset, MemoryDataset, Transformed, VocDataset, eval_transform
+from detr_nb.data import CocoDataset, MemoryDataset, Preprocess, Transformed, VocDataset, collate, eval_transform
 from detr_nb.evaluation import (
     COCO_THRESHOLDS,
     ERRORS,
@@ -289,6 +289,30 @@ def test_evaluate_on_data_that_is_not_coco(tmp_path):
     content |= {"annotations": annotations, "categories": [{"id": i, "name": n} for i, n in enumerate(dataset.names)]}
     (tmp_path / "truth.json").write_text(json.dumps(content))
     whole_chain(dataset, coco_file(tmp_path / "truth.json"))
+
+
+class Brightness(nn.Module):
+    """Scores every image by its mean as it arrives."""
+
+    def forward(self, images, pad):
+        logits = torch.zeros(1, len(images), 1, 2)
+        logits[0, :, 0, 0] = images.mean((1, 2, 3))
+        return Output(logits, torch.full((1, len(images), 1, 4), 0.5))
+
+
+HALF = (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(("rule", "expected"), [(None, 0.235), (Preprocess(mean=(0, 0, 0), std=HALF), 1.004)])
+def test_images_arrive_in_the_colours_of_the_model(rule, expected):
+    grey = torch.full((1, 3, 8, 8), 128, dtype=torch.uint8)  # 0.502 of the range; ImageNet's means are lower
+    dataset, model = MemoryDataset(grey, [target([[0, 0, 4, 4]], [0], 8)], ["thing"]), Brightness()
+    if rule:
+        model.preprocess = rule
+    (row,) = predict(model, dataset)
+    assert float(torch.logit(row["scores"][0])) == pytest.approx(expected, abs=0.002)
+    (told,) = predict(model, dataset, collate=lambda samples: collate(samples, HALF, (0.1, 0.1, 0.1)))
+    assert float(torch.logit(told["scores"][0])) == pytest.approx(0.02, abs=0.001)  # an argument wins
 
 
 def test_masks_change_nothing_in_a_comparison_of_boxes():

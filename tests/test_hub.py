@@ -425,9 +425,9 @@ def test_a_model_comes_from_the_hub_by_its_id(folder, tmp_path, monkeypatch):
         DETR.from_pretrained("somebody/else")
 
 
-def test_wishes_reach_the_hub(folder, monkeypatch):
+def test_options_reach_the_hub(folder, monkeypatch):
     seen = {}
-    monkeypatch.setattr("detr_nb.model.snapshot_download", lambda name, **wishes: seen.update(wishes) or str(folder))
+    monkeypatch.setattr("detr_nb.model.snapshot_download", lambda name, **options: seen.update(options) or str(folder))
     DETR.from_pretrained("somebody/shapes", revision="v2", token="secret")
     assert seen["revision"] == "v2" and seen["token"] == "secret"
     assert "model*.safetensors" in seen["allow_patterns"]

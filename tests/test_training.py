@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import pytest
@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
+from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 import detr_nb.training as chapter
-from detr_nb.data import Batch, MemoryLoader, pad_images
+from detr_nb.data import Augmented, Batch, MemoryLoader, Preprocess, pad_images
 from detr_nb.losses import SetCriterion
 from detr_nb.model import detr_resnet18, detr_tiny
 from detr_nb.shapes import EASY
@@ -43,6 +44,16 @@ from detr_nb.training import (
 SMALL = TinyModel(num_queries=4, hidden_dim=16, nheads=2, dec_layers=2, dim_feedforward=16)
 CONFIG = TrainConfig(ShapesData(EASY, train_images=24, val_images=4), SMALL, steps=6, batch_size=4, evaluations=1,
                      progress=False)
+
+
+@dataclass(frozen=True)
+class Cropped:
+    """Scenes of which training sees random parts."""
+
+    def load(self):
+        """The same scenes; those held out are whole."""
+        train, val = CONFIG.data.load()
+        return Augmented(train, v2.RandomResizedCrop(96), Preprocess(size=(96, 96))), val
 
 
 @pytest.fixture(scope="module")
@@ -228,19 +239,19 @@ def fit_until(config: TrainConfig, after: int) -> None:
 
     train, val = config.data.load()
     run = start(config, train)
-    stream = ends(batches(MemoryLoader(train, config.batch_size, config.seed), run.step))
+    stream = ends(batches(train.loader(config.batch_size, config.seed), run.step))
     with tqdm(disable=True) as bar:
         train_until_done(run, build_criterion(config, len(train.names)), stream, val, bar)
 
 
-SEVERAL = [pytest.param(stops, marks=pytest.mark.slow) for stops in ((2, 3), (0, 1, 1))]
+SEVERAL = [pytest.param(stops, CONFIG.data, marks=pytest.mark.slow) for stops in ((5,), (2, 3), (0, 1, 1))]
 
 
-@pytest.mark.parametrize("stops", [(5,), *SEVERAL])
-def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(stops, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("stops", "data"), [((5,), Cropped()), *SEVERAL])
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(stops, data, tmp_path, monkeypatch):
     monkeypatch.setattr(chapter, "LOG_EVERY", 2)
-    whole = fit(CONFIG)
-    config = replace(CONFIG, folder=str(tmp_path / "run"), save_every=0)
+    whole = fit(replace(CONFIG, data=data))
+    config = replace(whole.config, folder=str(tmp_path / "run"), save_every=0)
     for after in stops:
         with pytest.raises(ConnectionError):
             fit_until(config, after)
@@ -254,6 +265,13 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(stops, tmp_path, monk
         for rows in (map(json.loads, lines), whole.history)
     )
     assert logged == expected and len(logged) == 3
+
+
+def test_training_images_pass_their_transform_and_the_model_keeps_the_rule():
+    run = fit(replace(CONFIG, data=Cropped(), steps=1))
+    assert run.model.preprocess == Preprocess(size=(96, 96))
+    sizes = {batch.images.shape[2:] for batch in Cropped().load()[0].loader(4, 0).epoch(0)}
+    assert sizes == {(96, 96)}
 
 
 @pytest.mark.slow

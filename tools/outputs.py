@@ -41,7 +41,7 @@ def clean_text(text: str) -> str:
     ):
         if len(folder.parts) > 1:
             text = text.replace(str(folder), name)
-    text = re.sub(temporary + r"(?=/)", "<temporary>", text)
+    text = re.sub(temporary + r"(/tmp\w{8})?(?=/)", "<temporary>", text)
     return re.sub(r"\b0x[0-9a-f]{6,}\b", "0x...", text)
 
 
