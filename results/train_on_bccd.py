@@ -54,7 +54,7 @@ class SmallPhotographs:
         light: how much brightness, contrast and saturation change.
     """
 
-    size: tuple[int, int] = (192, 256)
+    size: tuple[int, int] = (168, 224)
     smallest: float = 0.3
     light: float = 0.2
 
@@ -67,7 +67,7 @@ class SmallPhotographs:
             v2.RandomChoice([v2.Resize(self.size), part]),
             v2.ColorJitter(self.light, self.light, self.light),
         ])
-        train = Augmented(in_memory(photographs("train"), (480, 640)), transform, Preprocess(size=self.size))
+        train = Augmented(in_memory(photographs("train"), (240, 320)), transform, Preprocess(size=self.size))
         return train, in_memory(photographs("val"), self.size)
 
 
@@ -106,7 +106,7 @@ class FromWeights:
         return replace_head(pretrained_model(self.source), num_classes).train()
 
 
-SCRATCH = {"data": SmallPhotographs(), "model": TinyModel(num_queries=50), "batch_size": 16}
+SCRATCH = {"data": SmallPhotographs(), "model": TinyModel(num_queries=50), "batch_size": 8}
 FINE_TUNE = {
     "data": WholePhotographs(), "batch_size": 4, "lr": 1e-4, "lr_backbone": 1e-5, "lr_muon": 0, "beta2": 0.999,
     "weight_ce": 1, "final_weight_ce": 1, "no_object_weight": 0.1, "scales": (),
