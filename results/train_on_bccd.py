@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from detr_nb.data import Augmented, Preprocess, Transformed, VocDataset, in_memory, train_transform
-from detr_nb.evaluation import boxes_in_pixels, compare, error_breakdown, match, predict
+from detr_nb.evaluation import boxes_in_pixels, compare, error_breakdown, evaluate, match, predict
 from detr_nb.model import DETR
 from detr_nb.notation import Target
 from detr_nb.plots import axes_grid, draw_box, show_image
@@ -68,7 +68,11 @@ class SmallPhotographs:
             v2.ColorJitter(self.light, self.light, self.light),
         ])
         train = Augmented(in_memory(photographs("train"), (240, 320)), transform, Preprocess(size=self.size))
-        return train, in_memory(photographs("val"), self.size)
+        return train, self.view("val")
+
+    def view(self, split: str) -> Dataset:
+        """A split as the trained model sees it."""
+        return in_memory(photographs(split), self.size)
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,11 @@ class WholePhotographs:
         rule, sides = Preprocess(self.short_side), range(self.short_side - 160, self.short_side + 161, 32)
         transform = train_transform(sides, crop=(256, 480), before_crop=(320, 400, 480))
         train = Augmented(photographs("train"), transform, rule, self.workers)
-        return train, Transformed(photographs("val"), rule.resize())
+        return train, self.view("val")
+
+    def view(self, split: str) -> Dataset:
+        """A split as the trained model sees it."""
+        return Transformed(photographs(split), Preprocess(self.short_side).resize())
 
 
 @dataclass(frozen=True)
@@ -141,12 +149,22 @@ def draw_verdict(ax: Axes, image: Tensor, target: Target, found: dict[str, Tenso
 
 def draw(run: Run, path: Path, count: int = 6) -> dict[str, int]:
     """Draw the verdicts on the first photographs of the held-out split, and count all its errors by kind."""
-    _, val = run.config.data.load()
+    val = run.config.data.view("val")
     found, samples = predict(run.model, val), [val[i] for i in range(len(val))]
     for ax, (image, target), row in zip(axes_grid(count, 3, 2.6, 2), samples, found, strict=False):
         draw_verdict(ax, image, target, row)
     ax.figure.savefig(path, dpi=110, bbox_inches="tight")
     return error_breakdown([target for _, target in samples], found)
+
+
+def judge_splits(run: Run) -> dict[str, dict[str, float]]:
+    """Metrics of the finished model on every split, that which it learned from included."""
+    views = {split: run.config.data.view(split) for split in ("train", "val", "test")}
+    figures = {split: evaluate(run.model, view) for split, view in views.items()}
+    return {
+        split: {"images": len(views[split])} | {name: row[name] for name in ("AP", "AP50", "AP75")}
+        for split, row in figures.items()
+    }
 
 
 def main() -> None:
@@ -163,14 +181,14 @@ def main() -> None:
         **recipe, minutes=None if args.steps else args.minutes, steps=args.steps or 1, evaluations=10, bf16=args.bf16,
         seed=args.seed, folder=str(Path(".cache") / "runs" / name),
     ))
-    errors = draw(run, Path("results") / f"{name}.png")
+    more = {"errors": draw(run, Path("results") / f"{name}.png"), "splits": judge_splits(run)}
     what = f"DETR from {args.weights or 'scratch'} on 205 photographs of BCCD, {budget}; AP on its 87 for validation"
     flags = f"--steps {args.steps}" if args.steps else f"--minutes {args.minutes:g}"
     flags += f" --seed {args.seed}{' --bf16' if args.bf16 else ''}"
     flags += f" --weights {args.weights}" if args.weights else ""
     row = describe_run(run, what, f"DETR_NB_DATA=... python results/train_on_bccd.py {flags}")
-    (Path("results") / f"{name}.json").write_text(json.dumps({**row, "errors": errors}, indent=1, default=str) + "\n")
-    print(name, run.line(), errors)
+    (Path("results") / f"{name}.json").write_text(json.dumps({**row, **more}, indent=1, default=str) + "\n")
+    print(name, run.line(), more)
 
 
 if __name__ == "__main__":

@@ -60,3 +60,10 @@ def test_the_table_of_results_says_what_the_records_say():
             assert cells[3:5] == [f"{mean(row['metrics'][name] for row in rows):.3f}" for name in ("AP", "AP50")]
             shown += files
     assert sorted(shown) == [path.stem for path in RUNS], "every recorded run stands in the table, once"
+
+
+def test_the_sentence_on_photographs_says_what_its_record_says():
+    text = (ROOT / "README.md").read_text("utf8")
+    row = read(ROOT / "results" / "bccd_20min_seed0.json")
+    assert f"AP {row['metrics']['AP']:.3f}, AP50 {row['metrics']['AP50']:.3f} on the 87" in text
+    assert row["command"] in text and row["config"]["minutes"] == 20 and 0 <= row["seconds"] - 1200 < 2
