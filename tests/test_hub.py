@@ -45,6 +45,8 @@ from detr_nb.pretrained import (
 from detr_nb.shapes import DEFAULT, Scenes
 from detr_nb.training import Run, ShapesData, TinyModel, TrainConfig, save_run, start
 
+pytestmark = pytest.mark.slow  # a model is built and a file written in nearly every test; test_cli has a quick one
+
 BCCD = DATA / "bccd"
 close = torch.testing.assert_close
 exactly = partial(close, atol=0, rtol=0)

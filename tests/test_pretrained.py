@@ -51,6 +51,8 @@ from detr_nb.pretrained import (
 )
 from detr_nb.training import Run, ShapesData, TrainConfig, save_run
 
+pytestmark = pytest.mark.slow  # a model is built and a file written in nearly every test; test_cli has a quick one
+
 REFERENCES = ["detr_r18_small", pytest.param("detr_r50", marks=pytest.mark.slow)]
 BATCHES = {"": ("image0_", (192, 256), (160, 224)), "odd/": ("image5_", (203, 251), (150, 217))}
 close = torch.testing.assert_close
