@@ -982,11 +982,16 @@ class Augmented(Dataset):
         transform: a torchvision v2 transform, such as `train_transform()`.
         preprocess: what is done to a picture when the trained model predicts; its mean and deviation hold here too.
         workers: processes that read ahead; 0 reads in this one.
+
+    Raises:
+        ValueError: if the dataset has no images.
     """
 
     def __init__(
         self, dataset: Dataset, transform: Callable | None, preprocess: Preprocess = Preprocess(), workers: int = 0
     ):
+        if not len(dataset):
+            raise ValueError("Augmented(dataset): there are 0 images in it: does its split or file list any?")
         self.dataset, self.transform, self.preprocess, self.workers = dataset, transform, preprocess, workers
         self.names, self.category_ids = dataset.names, dataset.category_ids
 

@@ -7,8 +7,8 @@ __all__ = ['POLAR_EXPRESS', 'LOG_EVERY', 'predict_batch', 'train_step', 'orthogo
            'same_shape', 'matrices', 'optimizer_groups', 'rate_factor', 'falling_weight', 'scale_now', 'shrink',
            'evaluate_at', 'ShapesData', 'TinyModel', 'Loader', 'TrainingData', 'DataSource', 'ModelSource',
            'TrainConfig', 'save_atomically', 'Run', 'log_row', 'described', 'save_run', 'resume_run', 'Stopwatch',
-           'timed_modules', 'batches', 'default_device', 'bf16_pays', 'start', 'build_criterion', 'set_pace',
-           'Averages', 'evaluation_is_due', 'train_until_done', 'fit', 'matrix_speed', 'processor_name',
+           'timed_modules', 'timed_steps', 'batches', 'default_device', 'bf16_pays', 'start', 'build_criterion',
+           'set_pace', 'Averages', 'evaluation_is_due', 'train_until_done', 'fit', 'matrix_speed', 'processor_name',
            'describe_machine', 'peak_memory_mb', 'describe_run', 'record']
 
 # %% ../nbs/12_training.ipynb #bb39d379
@@ -617,6 +617,24 @@ def timed_modules(watch: Stopwatch, modules: dict[str, nn.Module]) -> Iterator[N
         for handle in handles:
             handle.remove()
 
+@contextmanager
+def timed_steps(watch: Stopwatch, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Count the steps of an optimiser as a part of their own while the block runs.
+
+    Args:
+        watch: where the seconds go.
+        optimizer: whose steps are timed, as the part "optimiser".
+    """
+    handles = [
+        optimizer.register_step_pre_hook(lambda *_: watch.start("optimiser")),
+        optimizer.register_step_post_hook(lambda *_: watch.stop()),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
 # %% ../nbs/12_training.ipynb #20a994b5
 def batches(loader: Loader, step: int) -> Iterator[Batch]:
     """Endless batches, epoch after epoch, as a run sees them from the given step on.
@@ -718,14 +736,15 @@ def train_until_done(run: Run, criterion: SetCriterion, stream: Iterator[Batch],
     averages, watch, saved = Averages(), Stopwatch(run.parts), run.seconds
     device = next(run.model.parameters()).device
     criterion.matcher = watch.around("matching", criterion.matcher)
-    with timed_modules(watch, {"transformer": run.model, "backbone": run.model.memory.backbone, "loss": criterion}):
+    modules = {"transformer": run.model, "backbone": run.model.memory.backbone, "loss": criterion}
+    with timed_modules(watch, modules), timed_steps(watch, run.optimizer):
         while run.progress < 1:
             begun = time.perf_counter()
             set_pace(run, criterion)
             scale = scale_now(run.progress, run.config.scales)
             with watch.part("data"):
                 batch = shrink(next(stream).to(device), scale)
-            with watch.part("backward and update"):
+            with watch.part("backward"):
                 averages.add(train_step(run.model, criterion, run.optimizer, batch, run.config.clip, run.config.bf16))
             run.step += 1
             run.seconds += time.perf_counter() - begun

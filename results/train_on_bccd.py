@@ -14,6 +14,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from torch import Tensor
@@ -138,7 +139,7 @@ def draw_verdict(ax: Axes, image: Tensor, target: Target, found: dict[str, Tenso
     kept = {name: found[name][found["scores"] > 0.5] for name in ("scores", "labels", "boxes")}
     seen, order = compare(target, kept), kept["scores"].argsort(descending=True, stable=True)
     same = seen.labels[:, None] == seen.truth
-    (owner,) = match(torch.tensor(seen.overlap).where(torch.tensor(same), -1.0).numpy(), torch.tensor([0.5]).numpy())
+    (owner,) = match(np.where(same, seen.overlap, -1.0), np.array([0.5]))
     frame = image.shape[1] / target["size"][0]
     for box, taken in zip((kept["boxes"][order] * frame).tolist(), owner, strict=True):
         draw_box(ax, box, FALSE if taken < 0 else HIT)

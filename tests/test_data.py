@@ -851,6 +851,8 @@ def test_an_empty_dataset_is_named():
     dataset = MemoryDataset(torch.zeros(0, 3, 8, 8, dtype=torch.uint8), [], ["a"])
     with pytest.raises(ValueError, match="there are 0 images"):
         in_memory(dataset, (4, 4))
+    with pytest.raises(ValueError, match="there are 0 images"):
+        Augmented(dataset, None)
 
 
 def test_the_fast_path_is_fast():
