@@ -11,9 +11,9 @@ __all__ = ['PER_BOX', 'KINDS', 'FATAL', 'TOLERANCE', 'PICTURES', 'TRAIN_SIDES', 
            'YoloDataset', 'target_record', 'entry_problems', 'all_entry_problems', 'all_problems', 'readable_items',
            'check_data', 'summary', 'to_sample', 'apply_transform', 'random_int', 'fitted_size', 'ShortSide',
            'RandomSizeCrop', 'train_transform', 'eval_transform', 'blank', 'pad_images', 'colours', 'normalise',
-           'denormalise', 'Preprocess', 'Batch', 'collate', 'mixed_seed', 'Transformed', 'epoch_order', 'epoch_loader',
-           'EpochLoader', 'Augmented', 'MemoryDataset', 'in_memory', 'turn_image', 'turn_boxes', 'turn_targets',
-           'turned_batch', 'random_symmetries', 'MemoryLoader']
+           'denormalise', 'Preprocess', 'Batch', 'collate', 'mixed_seed', 'Transformed', 'epoch_order', 'own_part',
+           'epoch_loader', 'EpochLoader', 'Augmented', 'MemoryDataset', 'in_memory', 'turn_image', 'turn_boxes',
+           'turn_targets', 'turned_batch', 'random_symmetries', 'MemoryLoader']
 
 # %% ../nbs/05_data.ipynb #258ce4d8
 import json
@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -874,6 +875,11 @@ class Batch(NamedTuple):
         targets = [{k: move(v) if isinstance(v, Tensor) else v for k, v in t.items()} for t in self.targets]
         return Batch(move(self.images), move(self.pad), targets)
 
+    def split(self, parts: int) -> list["Batch"]:
+        """The same images in at most so many smaller batches, as equal as they can be."""
+        images, pads, rest = self.images.chunk(parts), self.pad.chunk(parts), iter(self.targets)
+        return [Batch(some, pad, list(islice(rest, len(some)))) for some, pad in zip(images, pads, strict=True)]
+
 def collate(
     samples: Sequence[tuple[UInt8[Tensor, "3 _ _"], Target]],
     mean: Sequence[Number] = IMAGENET_MEAN, std: Sequence[Number] = IMAGENET_STD,
@@ -925,9 +931,23 @@ def epoch_order(count: int, seed: int, epoch: int) -> Int[Tensor, " n"]:
     """The order in which an epoch visits `count` images."""
     return torch.from_numpy(np.random.default_rng((seed, epoch, 0)).permutation(count))
 
+def own_part(chosen: Int[Tensor, " n"], share: tuple[int, int]) -> Int[Tensor, " m"]:
+    """The images of a batch that one of several processes takes.
+
+    Args:
+        chosen: the images of the batch.
+        share: which process, and how many there are.
+
+    Returns:
+        Every so many-th image. A batch with fewer images than processes is repeated, so that none has nothing to do.
+    """
+    process, processes = share
+    return chosen.repeat(math.ceil(processes / len(chosen)))[process::processes]
+
 def epoch_loader(
     dataset: Dataset, transform: Callable | None, batch_size: int, seed: int = 0, epoch: int = 0, workers: int = 0,
-    shuffle: bool = True, make_batch: Callable[[Sequence], Batch] = collate,
+    shuffle: bool = True, make_batch: Callable[[Sequence], Batch] = collate, start: int = 0,
+    share: tuple[int, int] = (0, 1),
 ) -> DataLoader:
     """Batches of one epoch for images of any size; they are the same for any number of workers.
 
@@ -940,10 +960,13 @@ def epoch_loader(
         workers: processes that read ahead; 0 reads in this one.
         shuffle: visit the images in an order drawn from (seed, epoch).
         make_batch: makes a batch of samples.
+        start: batches at the beginning of the epoch that are left out, unread.
+        share: which process this is, and how many share the epoch; each takes its part of every batch.
     """
-    order = epoch_order(len(dataset), seed, epoch).tolist() if shuffle else range(len(dataset))
+    order = epoch_order(len(dataset), seed, epoch) if shuffle else torch.arange(len(dataset))
+    batches = [own_part(chosen, share).tolist() for chosen in order.split(batch_size)[start:] if len(chosen)]
     return DataLoader(
-        Transformed(dataset, transform, seed, epoch), batch_size, sampler=order, num_workers=workers,
+        Transformed(dataset, transform, seed, epoch), batch_sampler=batches, num_workers=workers,
         collate_fn=make_batch, pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else each epoch would draw from the global generator
     )
@@ -965,12 +988,13 @@ class EpochLoader:
         """Number of batches of an epoch."""
         return math.ceil(len(self.dataset) / self.batch_size)
 
-    def epoch(self, number: int) -> Iterator[Batch]:
-        """The batches of one epoch."""
+    def epoch(self, number: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+        """The batches of one epoch from batch `start` on, or of each the part of one process; see `epoch_loader`."""
         data, rule = self.dataset, self.dataset.preprocess
         make_batch = partial(collate, mean=rule.mean, std=rule.std)
         loader = epoch_loader(
-            data.dataset, data.transform, self.batch_size, self.seed, number, data.workers, make_batch=make_batch
+            data.dataset, data.transform, self.batch_size, self.seed, number, data.workers, make_batch=make_batch,
+            start=start, share=share,
         )
         return iter(loader)
 
@@ -1117,10 +1141,11 @@ class MemoryLoader:
         """Number of batches of an epoch."""
         return math.ceil(len(self.dataset) / self.batch_size)
 
-    def epoch(self, number: int) -> Iterator[Batch]:
-        """The batches of one epoch."""
+    def epoch(self, number: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+        """The batches of one epoch from batch `start` on, or of each the part of one process; see `epoch_loader`."""
         count = len(self.dataset)
         order = epoch_order(count, self.seed, number) if self.shuffle else torch.arange(count)
         symmetry = random_symmetries(self.dataset, self.seed, number) * self.augment
-        for chosen in order.split(self.batch_size):
-            yield turned_batch(self.dataset, chosen, symmetry[chosen])
+        for chosen in order.split(self.batch_size)[start:]:
+            mine = own_part(chosen, share)
+            yield turned_batch(self.dataset, mine, symmetry[mine])

@@ -15,10 +15,13 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from jaxtyping import Bool, Float, Int, Shaped
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -376,16 +379,19 @@ def detect(model: nn.Module, batch: Batch, to_detections: Detect) -> list[Detect
     return [on_cpu(found) for found in to_detections(out, [image_size(target) for target in batch.targets])]
 
 def predict_with_truth(
-    model: nn.Module, dataset: object, batch_size: int, to_detections: Detect, collate: Collate | None
+    model: nn.Module, dataset: object, batch_size: int, to_detections: Detect, collate: Collate | None,
+    places: Sequence[int] | None = None,
 ) -> Iterator[tuple[Target, Detections]]:
-    """Go once through a dataset and give truth and detections of every image, under the dataset's labels."""
+    """Give truth and detections of every image of a dataset, or of some, under the dataset's labels."""
     source, make_batch = getattr(model, "category_ids", None), collate or batch_maker(model)
-    for start in range(0, len(dataset), batch_size):
-        items = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+    places = range(len(dataset)) if places is None else places
+    for start in range(0, len(places), batch_size):
+        chosen = places[start : start + batch_size]
+        items = [dataset[i] for i in chosen]
         batch = make_batch([(image, {"size": tuple(image.shape[-2:]), **target}) for image, target in items])
         with evaluation_mode(model):
             rows = detect(model, batch, to_detections)
-        for place, (target, row) in enumerate(zip(batch.targets, rows, strict=True), start):
+        for place, target, row in zip(chosen, batch.targets, rows, strict=True):
             row = row if source is None else relabel(row, source, dataset.category_ids)
             yield target, {**row, "image_id": target.get("image_id", place)}
 
@@ -419,6 +425,7 @@ def evaluate(
     batch_size: int = 16,
     to_detections: Detect = postprocess,
     collate: Collate | None = None,
+    shared: bool = False,
 ) -> dict[str, float | dict[str, float]]:
     """COCO's metrics of a model on a dataset; the model stays on its device and keeps its mode.
 
@@ -428,11 +435,17 @@ def evaluate(
         batch_size: images a forward pass.
         to_detections: turns an output and sizes into detections.
         collate: normalises and pads the samples of a batch; None does it with the model's colours, by `batch_maker`.
+        shared: let the processes of a training run take every so many-th image each; all must call, and all get the
+            figures of the whole dataset.
 
     Returns:
         What `coco_evaluate` returns.
     """
-    pairs = list(predict_with_truth(model, dataset, batch_size, to_detections, collate))
+    team = PartialState() if shared else None
+    places = range(team.process_index, len(dataset), team.num_processes) if team else range(len(dataset))
+    pairs = list(predict_with_truth(model, dataset, batch_size, to_detections, collate, places))
+    if team:
+        pairs = [pair for _, pair in sorted(gather_object(list(zip(places, pairs, strict=True))), key=itemgetter(0))]
     targets, detections = [target for target, _ in pairs], [found for _, found in pairs]
     return coco_evaluate(targets, detections, dataset.names, dataset.category_ids)
 

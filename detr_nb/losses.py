@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MatchedPairs', 'stack_matches', 'target_classes', 'classification_loss', 'box_losses', 'class_error',
-           'cardinality_error', 'named', 'set_losses', 'SetCriterion']
+           'cardinality_error', 'named', 'Denominators', 'denominators', 'set_losses', 'SetCriterion']
 
 # %% ../nbs/10_losses.ipynb #e9261028
 import re
@@ -55,7 +55,8 @@ def target_classes(
 
 # %% ../nbs/10_losses.ipynb #6ab71139
 def classification_loss(
-    logits: Float[Tensor, "i b q c"], classes: Int[Tensor, "i b q"], no_object_weight: Number
+    logits: Float[Tensor, "i b q c"], classes: Int[Tensor, "i b q"], no_object_weight: Number,
+    total_weight: Number | None = None,
 ) -> Float[Tensor, " i"]:
     """Cross-entropy as a weighted mean over all queries of a layer; no-object counts with its own weight.
 
@@ -63,12 +64,13 @@ def classification_loss(
         logits: class scores before the softmax; the last column is no-object.
         classes: the class every query should predict.
         no_object_weight: weight of queries that should predict no-object; all others weigh 1.
+        total_weight: what the sum is divided by; the weights of these queries if left out.
 
     Source: Carion et al. 2020, section 3.1.
     """
     log_probability = logits.float().log_softmax(-1).gather(-1, classes[..., None])[..., 0]
     weight = torch.where(classes == logits.shape[-1] - 1, no_object_weight, 1.0)
-    return -(weight * log_probability).sum((1, 2)) / weight.sum((1, 2))
+    return -(weight * log_probability).sum((1, 2)) / (weight.sum((1, 2)) if total_weight is None else total_weight)
 
 # %% ../nbs/10_losses.ipynb #c90a0860
 def box_losses(
@@ -109,8 +111,31 @@ def named(name: str, values: Float[Tensor, " i"]) -> dict[str, Tensor]:
     return {name if i == last else f"{name}_{i}": value for i, value in enumerate(values.unbind())}
 
 # %% ../nbs/10_losses.ipynb #910ba3b3
+class Denominators(NamedTuple):
+    """What the losses of a batch are divided by; those of parts of a batch add up.
+
+    Attributes:
+        boxes: number of target boxes.
+        weight: sum of the weights of all queries in the cross-entropy of one layer.
+    """
+
+    boxes: Number
+    weight: Number
+
+def denominators(counts: Sequence[int], queries: int, no_object_weight: Number) -> Denominators:
+    """The denominators of a batch; no prediction is needed, because the number of matches is known beforehand.
+
+    Args:
+        counts: number of targets of each image.
+        queries: number of queries of the model.
+        no_object_weight: weight of the no-object class inside the cross-entropy.
+    """
+    matched = sum(min(count, queries) for count in counts)
+    return Denominators(sum(counts), matched + no_object_weight * (queries * len(counts) - matched))
+
 def set_losses(
-    out: Output, targets: PaddedTargets, matches: Matches, no_object_weight: Number = 0.1
+    out: Output, targets: PaddedTargets, matches: Matches, no_object_weight: Number = 0.1,
+    share: Denominators | None = None,
 ) -> dict[str, Tensor]:
     """Every loss and every watched figure of given matches, at all layers at once.
 
@@ -119,6 +144,7 @@ def set_losses(
         targets: the truth of the batch.
         matches: who belongs to whom, for each layer and image.
         no_object_weight: weight of the no-object class inside the cross-entropy.
+        share: denominators of the whole batch, if these images are a part of it.
 
     Returns:
         loss_ce, loss_bbox, loss_giou, class_error, cardinality_error of the last layer; the same but class_error with
@@ -128,9 +154,10 @@ def set_losses(
     classes = target_classes(pairs, targets, out.logits)
     matched = (pairs.layer, pairs.image, pairs.query)
     truth = targets.boxes[pairs.image, pairs.target]
-    l1, overlap = box_losses(out.boxes[matched].float(), truth.float(), max(sum(targets.counts), 1))
+    boxes, weight = share or denominators(targets.counts, out.logits.shape[2], no_object_weight)
+    l1, overlap = box_losses(out.boxes[matched].float(), truth.float(), max(boxes, 1))
     return {
-        **named("loss_ce", classification_loss(out.logits, classes, no_object_weight)),
+        **named("loss_ce", classification_loss(out.logits, classes, no_object_weight, weight)),
         **named("loss_bbox", l1),
         **named("loss_giou", overlap),
         **named("cardinality_error", cardinality_error(out.logits, targets.counts)),
@@ -173,21 +200,29 @@ class SetCriterion(nn.Module):
         last = self.last_layer_weights
         return last | {f"{name}_{i}": weight for i in range(self.dec_layers - 1) for name, weight in last.items()}
 
-    def forward(self, out: Output, targets: Sequence[Target]) -> dict[str, Tensor]:
+    def denominators(self, targets: Sequence[Target], queries: int) -> Denominators:
+        """What the losses of these images are divided by, if the model has so many queries."""
+        return denominators([len(target["labels"]) for target in targets], queries, self.no_object_weight)
+
+    def forward(
+        self, out: Output, targets: Sequence[Target], share: Denominators | None = None
+    ) -> dict[str, Tensor]:
         """Match, and return what `set_losses` returns, under the official names.
 
         Args:
             out: predictions of all decoder layers.
             targets: one an image.
+            share: denominators of the whole batch, if these images are a part of it.
 
         Raises:
-            ValueError: if the model has another number of classes, or a prediction or target is not finite.
+            NotFinite: if a prediction is not finite.
+            ValueError: if the model has another number of classes, or a target is not valid.
         """
         if out.logits.shape[-1] != self.num_classes + 1:
             raise ValueError(f"the criterion was built for {self.num_classes} classes + no-object, but the logits have "
                              f"{out.logits.shape[-1]} columns: give both the same num_classes")
         matches = self.matcher(out, targets)
-        return set_losses(out, pad_targets(targets, out.boxes), matches, self.no_object_weight)
+        return set_losses(out, pad_targets(targets, out.boxes), matches, self.no_object_weight, share)
 
     def total(self, losses: dict[str, Tensor]) -> Float[Tensor, ""]:
         """The weighted sum that is minimised; figures that are only watched do not enter."""

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CostTerm', 'Matches', 'assign', 'PaddedTargets', 'name_of', 'check_target', 'pad_targets', 'class_cost', 'l1_cost',
-           'giou_cost', 'valid_targets', 'explain_predictions', 'explain_target', 'explain_bad_cost',
+           'giou_cost', 'NotFinite', 'valid_targets', 'explain_predictions', 'explain_target', 'explain_bad_cost',
            'HungarianMatcher']
 
 # %% ../nbs/09_matcher.ipynb #7ae98df7
@@ -103,6 +103,9 @@ def giou_cost(out: Output, targets: PaddedTargets) -> Float[Tensor, "i b q t"]:
     return -pairwise_giou(cxcywh_to_xyxy(out.boxes.float()), cxcywh_to_xyxy(targets.boxes.float()))
 
 # %% ../nbs/09_matcher.ipynb #5e3f11ea
+class NotFinite(ValueError):
+    """A prediction, a loss or a gradient is NaN or infinite."""
+
 def valid_targets(targets: PaddedTargets, classes: int) -> Bool[Tensor, "b t"]:
     """True where the label is in range and the box is finite and not inside out."""
     in_range = (targets.labels >= 0) & (targets.labels < classes)
@@ -183,7 +186,8 @@ class HungarianMatcher:
             For each layer and image the ids of matched queries (ascending) and of their targets, on the CPU.
 
         Raises:
-            ValueError: naming the likely cause, if targets are missing, or a prediction or target makes the cost NaN.
+            NotFinite: if a prediction is not finite, with the likely cause.
+            ValueError: if targets are missing, or a target makes the cost NaN.
         """
         if len(targets) != out.boxes.shape[1]:
             raise ValueError(f"predictions of {out.boxes.shape[1]} images need as many targets, got {len(targets)}")
@@ -191,5 +195,5 @@ class HungarianMatcher:
         cost = self.cost(out, padded).cpu().numpy()  # the only transfer to the host
         # Where no image has a target the cost has no cells that could show a NaN.
         if not np.isfinite(cost).all() or (cost.size == 0 and explain_predictions(out)):
-            raise ValueError(explain_bad_cost(out, targets))
+            raise (NotFinite if explain_predictions(out) else ValueError)(explain_bad_cost(out, targets))
         return [[assign(image[:, :n]) for image, n in zip(layer, padded.counts, strict=True)] for layer in cost]

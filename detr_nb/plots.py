@@ -6,11 +6,12 @@
 __all__ = ['PALETTE', 'IMAGENET_MEAN', 'IMAGENET_STD', 'LEVELS', 'STYLE', 'Numbers', 'PLACES', 'ARROWS', 'PITCH', 'BOX', 'colour',
            'styled', 'as_array', 'axes_grid', 'one_axes', 'as_picture', 'draw_box', 'caption', 'show_image',
            'show_images', 'show_boxes', 'colour_range', 'write_numbers', 'name_ticks', 'heatmap', 'heatmaps',
-           'mark_places', 'finish', 'curves', 'scatter', 'bars', 'Picture', 'svg_box', 'svg_arrow', 'pipeline']
+           'mark_places', 'finish', 'curves', 'live_curves', 'scatter', 'bars', 'Picture', 'svg_box', 'svg_arrow',
+           'pipeline']
 
 # %% ../nbs/90_plots.ipynb #98571092
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from .boxes import cxcywh_to_xyxy, scale_boxes
@@ -311,6 +313,23 @@ def curves(
     if not logx and all((np.mod(as_array(x), 1) == 0).all() for x, _ in lines.values()):
         ax.xaxis.get_major_locator().set_params(integer=True)  # no tick between two steps or two layers
     mark_places(ax, marks or {})
+
+# %% ../nbs/90_plots.ipynb #90de0002
+def live_curves(show: Callable[[Figure], object], *names: str) -> Callable[[object], None]:
+    """A function that draws curves of a training run, to be called whenever it has a new row.
+
+    Args:
+        show: takes each new figure.
+        names: numbers of the log, such as total or AP; one panel each.
+    """
+    def draw(run: object) -> None:
+        panels = axes_grid(len(names), len(names), 3.4, 2.4)
+        for ax, name in zip(panels, names, strict=True):
+            curves({name: run.curve(name)}, "step", name, ax=ax)
+        show(panels[0].figure)
+        plt.close(panels[0].figure)
+
+    return draw
 
 # %% ../nbs/90_plots.ipynb #b4c7fa7f
 @styled()

@@ -27,7 +27,7 @@ from detr_nb.model import DETR
 from detr_nb.notation import Target
 from detr_nb.plots import axes_grid, draw_box, show_image
 from detr_nb.pretrained import pretrained_model, replace_head
-from detr_nb.training import Run, TinyModel, TrainConfig, describe_run, fit
+from detr_nb.training import DataSource, ModelSource, Run, TinyModel, TrainConfig, describe_run, fit
 
 ROOT = Path(__file__).resolve().parents[1]
 HIT, FALSE, MISSED = "#0072B2", "#D55E00", "#222222"
@@ -46,7 +46,7 @@ def photographs(split: str) -> VocDataset:
 
 
 @dataclass(frozen=True)
-class SmallPhotographs:
+class SmallPhotographs(DataSource):
     """BCCD in memory, for a small model. Training sees whole photographs and parts of them, flipped, in changing light.
 
     Args:
@@ -77,7 +77,7 @@ class SmallPhotographs:
 
 
 @dataclass(frozen=True)
-class WholePhotographs:
+class WholePhotographs(DataSource):
     """BCCD from its files, augmented as in the paper.
 
     Args:
@@ -101,7 +101,7 @@ class WholePhotographs:
 
 
 @dataclass(frozen=True)
-class FromWeights:
+class FromWeights(ModelSource):
     """A trained model with a new head.
 
     Args:

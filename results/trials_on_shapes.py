@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
+from detr_nb.measuring import describe_machine
 from detr_nb.shapes import DEFAULT
-from detr_nb.training import ShapesData, TinyModel, TrainConfig, describe_machine, fit
+from detr_nb.training import ShapesData, TinyModel, TrainConfig, fit
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "results" / "trials_on_shapes.json"

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from detr_nb.cli import COMMANDS, Predict, coco_rows, draw, find_pictures, main,
 from detr_nb.data import Preprocess, read_image
 from detr_nb.model import DETR, detr_tiny
 from detr_nb.pretrained import predict_image, pretrained_model
-from detr_nb.shapes import DEFAULT, NAMES, Scenes
+from detr_nb.shapes import DEFAULT, EASY, NAMES, Scenes, write_coco
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTOGRAPHS = sorted((DATA / "bccd" / "JPEGImages").glob("*.jpg"))
@@ -236,12 +236,70 @@ def test_the_help_tells_every_option(capsys):
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert left.value.code == 0
     assert [field.name for field in fields(Predict)] == ["images", "weights", "out", "threshold"]
-    for words in ("[PATH [PATH ...]]", "--weights", "--out", "--threshold", "searched for pictures", "exit code is 0",
+    for words in ("[images ...]", "--weights", "--out", "--threshold", "searched for pictures", "exit code is 0",
                   "the model's own if left out", "made if it is missing"):
         assert words in said
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "predict" in capsys.readouterr().out
+
+
+# --- train, eval, check-data --------------------------------------------------------------------------------------
+@pytest.fixture
+def drawn() -> list[str]:
+    """Ten drawn pictures to learn from and six others, in COCO's format, and the flags that name them."""
+    for name, count, seed in (("train", 10, 1), ("val", 6, 2)):
+        write_coco(Scenes(replace(EASY, size=64), count, seed), Path("data") / name)
+    flags = [word for role in ("train", "val") for word in (f"--data.{role}", f"data/{role}/images",
+             f"--data.{role}_file", f"data/{role}/annotations.json")]
+    sizes = ["--data.sizes.short_sides", "[64]", "--data.sizes.crop", "null", "--data.sizes.eval_side", "64"]
+    return ["--data", "CocoData", *flags, *sizes, "--data.workers", "0"]
+
+
+FEW = ["--steps", "4", "--batch_size", "4", "--evaluations", "1", "--log_every", "1", "--progress", "false"]
+
+
+@pytest.mark.slow
+def test_a_run_from_the_command_line_is_trained_judged_and_used(drawn, capsys):
+    """With the files that a user would have, and with the same options from the file that the run left."""
+    assert main(["train", *drawn, "--model", "FineTuned", *FEW, "--folder", "mine"]) == 0
+    assert "the model is in mine" in capsys.readouterr().out
+    assert written("mine") == ["checkpoint.pt", "config.yaml", "log.jsonl"]
+    assert main(["eval", "mine", "--out", "figures.json"]) == 0
+    said, figures = capsys.readouterr().out, json.loads(Path("figures.json").read_text())
+    last = json.loads(Path("mine/log.jsonl").read_text().splitlines()[-1])["metrics"]
+    assert figures == last and all(f"{name} " in said for name in ("AP", "AR_100", *figures["per_class"]))
+    assert main(["predict", "data/val/images", "--weights", "mine"]) == 0
+    assert "6 of 6 pictures done" in capsys.readouterr().out
+    assert main(["train", "--config", "mine/config.yaml"]) == 0  # is over, and stays as it was
+    assert main(["train", "--config", "mine/config.yaml", "--lr", "1"]) == 2
+    assert "lr: there 0.0015, here 1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_without_a_folder_gets_one(drawn):
+    assert main(["train", *drawn, "--model", "FineTuned", *FEW, "--steps", "1"]) == 0
+    assert written("runs/detr") == ["checkpoint.pt", "config.yaml", "log.jsonl"]
+
+
+def test_data_are_checked_before_anybody_trains(drawn, capsys):
+    assert main(["check-data", *drawn]) == 0
+    assert capsys.readouterr().out.count("no problems found") == 2
+    file = Path("data/train/annotations.json")
+    content = json.loads(file.read_text())
+    content["annotations"][1]["bbox"] = [1, 2, 0, 3]
+    content["annotations"][2]["category_id"] = 99
+    file.write_text(json.dumps(content))
+    assert main(["check-data", *drawn]) == 1
+    said = capsys.readouterr().out
+    assert "to learn from: 10 images, 3 classes, 2 problems: " in said and "annotations[2]" in said
+    assert main(["train", *drawn, *FEW]) == 2
+    assert capsys.readouterr().err.startswith("detr-nb: data/train/annotations.json: annotations[2]")
+
+
+def test_eval_says_what_it_needs(capsys):
+    assert main(["eval"]) == 2 and "both --data and --weights" in capsys.readouterr().err
+    assert main(["eval", "nowhere"]) == 2 and "nowhere holds no config.yaml" in capsys.readouterr().err
 
 
 # --- the parts ----------------------------------------------------------------------------------------------------

@@ -9,29 +9,33 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.testing import assert_close
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
+import detr_nb.muon as muon
 import detr_nb.training as chapter
 from detr_nb.data import Augmented, Batch, MemoryLoader, Preprocess, pad_images
 from detr_nb.losses import SetCriterion
 from detr_nb.model import detr_resnet18, detr_tiny
+from detr_nb.muon import Muon, orthogonalise
 from detr_nb.shapes import EASY
 from detr_nb.training import (
-    Muon,
+    DataSource,
     ShapesData,
     TinyModel,
     TrainConfig,
     batches,
     build_criterion,
+    config_text,
     falling_weight,
     fit,
     matrices,
     optimizer_groups,
-    orthogonalise,
     rate_factor,
+    read_config,
     save_atomically,
     scale_now,
     set_pace,
@@ -43,11 +47,11 @@ from detr_nb.training import (
 
 SMALL = TinyModel(num_queries=4, hidden_dim=16, nheads=2, dec_layers=2, dim_feedforward=16)
 CONFIG = TrainConfig(ShapesData(EASY, train_images=24, val_images=4), SMALL, steps=6, batch_size=4, evaluations=1,
-                     progress=False)
+                     log_every=2, progress=False)
 
 
 @dataclass(frozen=True)
-class Cropped:
+class Cropped(DataSource):
     """Scenes of which training sees random parts."""
 
     def load(self):
@@ -93,8 +97,8 @@ def test_a_matrix_of_zeros_stays_zero():
 @pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
 def test_muon_is_torchs_muon_with_the_same_polynomial(shape, monkeypatch):
     coefficients = (3.4445, -4.775, 2.0315)
-    once = chapter.orthogonalise
-    monkeypatch.setattr(chapter, "orthogonalise", lambda x, dtype: once(x, torch.bfloat16, (coefficients,) * 5))
+    once = orthogonalise
+    monkeypatch.setattr(muon, "orthogonalise", lambda x, dtype: once(x, torch.bfloat16, (coefficients,) * 5))
     torch.manual_seed(0)
     ours, theirs = (nn.Parameter(x) for x in [torch.randn(shape)] * 2)
     theirs = nn.Parameter(ours.detach().clone())
@@ -248,8 +252,7 @@ SEVERAL = [pytest.param(stops, CONFIG.data, marks=pytest.mark.slow) for stops in
 
 
 @pytest.mark.parametrize(("stops", "data"), [((5,), Cropped()), *SEVERAL])
-def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(stops, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(chapter, "LOG_EVERY", 2)
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(stops, data, tmp_path):
     whole = fit(replace(CONFIG, data=data))
     config = replace(whole.config, folder=str(tmp_path / "run"), save_every=0)
     for after in stops:
@@ -292,7 +295,7 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path):
     config = replace(CONFIG, folder=str(tmp_path))
     fit(config)
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    with pytest.raises(ValueError, match=r"checkpoint\.pt belongs to another configuration"):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt belongs to another .*:\n  lr: there 0.0015, here 1e"):
         fit(replace(config, lr=1e-5))
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
@@ -329,3 +332,84 @@ def test_a_run_of_minutes_ends_when_they_are_over():
     run = fit(replace(CONFIG, minutes=0.02, evaluations=1))
     assert run.seconds >= 1.2 and run.step >= 1 and run.progress == 1
     assert run.history[-1]["step"] == run.step and "AP" in run.metrics
+
+
+# --- a run on paper -----------------------------------------------------------------------------------------------
+def test_a_configuration_is_a_file_and_flags_alike(tmp_path):
+    config = replace(CONFIG, minutes=0.5, scales=((0.5, 0.5),), drops=(0.6, 0.9), trackers=("tensorboard",), ema=0.99)
+    (tmp_path / "config.yaml").write_text(config_text(config))
+    assert read_config(["--config", str(tmp_path / "config.yaml")]) == config
+    flags = ["--data", "ShapesData", "--data.train_images", "24", "--lr", "0.1", "--bf16", "true"]
+    asked = read_config(["--config", str(tmp_path / "config.yaml"), *flags])
+    assert asked == replace(config, data=ShapesData(train_images=24), lr=0.1, bf16=True)
+    assert read_config([]) == TrainConfig()
+
+
+@pytest.mark.parametrize(("words", "reason"), [
+    (["--stps", "3"], "stps"), (["--steps", "many"], "many"), (["--data", "Nowhere"], "Nowhere"),
+    (["--config", "missing.yaml"], "missing.yaml"),
+])
+def test_a_wrong_flag_is_named(words, reason, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        read_config(words)
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_how_a_run_is_carried_out_may_change_when_it_goes_on(tmp_path):
+    config = replace(CONFIG, folder=str(tmp_path / "first"), save_every=0)
+    with pytest.raises(ConnectionError):
+        fit_until(config, after=3)
+    (tmp_path / "first").rename(tmp_path / "second")
+    moved = replace(config, folder=str(tmp_path / "second"), save_every=60, log_every=3)
+    assert torch.equal(weights(fit(moved).model), weights(fit(CONFIG).model))
+
+
+@pytest.mark.slow
+def test_dropout_and_the_running_average_survive_a_stop(tmp_path):
+    config = replace(CONFIG, model=replace(SMALL, dropout=0.3), ema=0.7)
+    whole = fit(config)
+    kept = replace(config, folder=str(tmp_path), save_every=0)
+    with pytest.raises(ConnectionError):
+        fit_until(kept, after=3)
+    resumed = fit(kept)
+    assert torch.equal(weights(resumed.model), weights(whole.model)) and resumed.metrics.keys() == whole.metrics.keys()
+    assert not torch.equal(weights(whole.model), weights(fit(replace(config, ema=0)).model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [{"recompute": True}, {"accumulate": 3}])
+def test_memory_is_traded_without_changing_the_run(how):
+    """Without batch norm, whose means are those of the part that it sees."""
+    config = replace(CONFIG, data=CONFIG.data, model=TinyModel(dropout=0.0, hidden_dim=16, nheads=2), steps=2)
+    runs = [start(replace(config, **more), CONFIG.data.load()[0]) for more in ({}, how)]
+    batch = next(MemoryLoader(CONFIG.data.load()[0], 4, 0).epoch(0))
+    gradients = []
+    for run in runs:
+        criterion = build_criterion(run.config, 3)
+        with chapter.ready_to_train(run) as model:
+            run.model.memory.backbone.eval()
+            chapter.differentiate(model, criterion, batch.split(run.config.accumulate), run.accelerator)
+        gradients.append(torch.cat([p.grad.flatten() for p in run.model.parameters()]))
+    assert_close(*gradients, rtol=1e-4, atol=1e-4 * float(gradients[0].abs().max()))
+
+
+@pytest.mark.slow
+def test_who_watches_sees_every_row_and_epochs_end_the_run():
+    seen = []
+    run = fit(replace(CONFIG, epochs=1.5), watch=lambda run: seen.append(run.step))
+    assert run.step == 9 and seen == [row["step"] for row in run.history] == [2, 4, 6, 8, 9]
+
+
+def test_a_tracker_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="trackers: 'no_such_tracker' is not installed or not known"):
+        fit(replace(CONFIG, trackers=("no_such_tracker",)))
+
+
+@pytest.mark.slow
+def test_tensorboard_gets_what_the_log_gets(tmp_path):
+    run = fit(replace(CONFIG, trackers=("tensorboard",), folder=str(tmp_path)))
+    seen = EventAccumulator(str(tmp_path / "detr_nb")).Reload()
+    assert {"total", "AP", "AP/circle", "grad_norm"} <= set(seen.Tags()["scalars"])
+    assert [(event.step, pytest.approx(event.value)) for event in seen.Scalars("total")] == [
+        (row["step"], row["total"]) for row in run.history]

@@ -1,0 +1,149 @@
+"""Small training runs that processes of their own can start: what they learn from, and what befalls them."""
+
+import os
+import resource
+import signal
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import Dataset
+from torchvision.ops import FrozenBatchNorm2d
+
+from detr_nb.data import Augmented, MemoryDataset, Preprocess
+from detr_nb.evaluation import evaluate
+from detr_nb.model import DETR
+from detr_nb.shapes import EASY, Scenes, render_scenes
+from detr_nb.training import (
+    DataSource,
+    ModelSource,
+    TinyModel,
+    TrainConfig,
+    build_criterion,
+    differentiate,
+    fit,
+    ready_to_train,
+    start,
+)
+
+SIZES = TinyModel(num_queries=4, widths=(16, 16, 16), hidden_dim=16, nheads=2, dec_layers=2, dim_feedforward=16, dropout=0.1)
+
+
+@dataclass(frozen=True)
+class Drawn(DataSource):
+    """A few scenes, drawn in this process."""
+
+    count: int = 22
+
+    def load(self) -> tuple[MemoryDataset, MemoryDataset]:
+        """Scenes to learn from, and five others."""
+        return series(self.count, 1), series(5, 2)
+
+
+def series(count: int, seed: int) -> MemoryDataset:
+    """Some scenes."""
+    scenes = Scenes(replace(EASY, size=64), count, seed)
+    return MemoryDataset(*render_scenes(scenes, workers=1), scenes.names, scenes.category_ids)
+
+
+class Dying(Dataset):
+    """Scenes of which one takes the process that reads it down."""
+
+    def __init__(self):
+        self.scenes = series(22, 1)
+        self.names, self.category_ids = self.scenes.names, self.scenes.category_ids
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int):
+        if index == 7:
+            os._exit(1)
+        return self.scenes[index]
+
+
+@dataclass(frozen=True)
+class Deadly(DataSource):
+    """Scenes read by a worker, which dies of one of them."""
+
+    def load(self) -> tuple[Augmented, MemoryDataset]:
+        """The scenes, and five others."""
+        return Augmented(Dying(), None, Preprocess(size=(64, 64)), workers=1), series(5, 2)
+
+
+@dataclass(frozen=True)
+class Frozen(ModelSource):
+    """The small model without batch norm, whose means would differ between parts of a batch, and without dropout."""
+
+    def build(self, num_classes: int) -> DETR:
+        """Make it, and replace every batch norm by a frozen one."""
+        model = replace(SIZES, dropout=0.0).build(num_classes)
+        for part in list(model.modules()):
+            for name, child in list(part.named_children()):
+                if isinstance(child, torch.nn.BatchNorm2d):
+                    setattr(part, name, FrozenBatchNorm2d(child.num_features))
+        return model
+
+
+CONFIG = TrainConfig(Drawn(), SIZES, steps=240, batch_size=4, evaluations=2, log_every=7, ema=0.9, save_every=0.02,
+                     scales=(), progress=False)
+SHARED = replace(CONFIG, model=Frozen(), steps=12, lr_muon=0, ema=0, save_every=60)
+
+
+def train(folder: str) -> None:
+    """One run from its start or from where it was killed."""
+    torch.set_num_threads(1)
+    fit(replace(CONFIG, folder=folder))
+
+
+def train_with_little_disk(folder: str) -> None:
+    """One run that may write no file of more than a hundred kilobytes; exits with 5 if that is said clearly."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        train(folder)
+    except OSError as error:
+        sys.exit(5 if "could not be written" in str(error) and "unharmed" in str(error) else 6)
+
+
+def gradients(config: TrainConfig, parts: int, mean_of_means: bool = False) -> dict[str, object]:
+    """Losses and gradient of the first batch, in this number of parts in each process, and the held-out figures."""
+    team, (train_set, val) = Accelerator(), config.data.load()
+    run = start(config, train_set, team)
+    batch = next(train_set.loader(7, 0).epoch(0, share=(team.process_index, team.num_processes)))
+    groups = [[part] for part in batch.split(parts)] if mean_of_means else [batch.split(parts)]
+    with ready_to_train(run) as model:
+        for group in groups:
+            losses = differentiate(model, build_criterion(config, 3), group, team)
+    gradient = torch.cat([p.grad.flatten() for p in run.model.parameters()]) / len(groups)
+    total = float(team.reduce(losses["total"].clone(), "mean"))
+    return {"gradient": gradient, "total": total, "metrics": repr(evaluate(run.model, val, 2, shared=True))}
+
+
+def two_processes(folder: str) -> None:
+    """What `test_distributed` compares: gradients, figures, and a run that is told to end after seven steps."""
+    torch.set_num_threads(1)
+    found = {parts: gradients(SHARED, parts) for parts in (1, 2)}
+    if Accelerator().is_main_process:
+        torch.save(found, Path(folder) / "gradients.pt")
+
+    def tell(run):
+        if run.step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    code = 0
+    try:
+        fit(replace(SHARED, folder=str(Path(folder) / "run")), watch=tell)
+    except SystemExit as end:
+        code = end.code
+    (Path(folder) / f"code{Accelerator().process_index}").write_text(str(code))
+
+
+def wait_for(path: Path, seconds: float = 60) -> None:
+    """Until a file is there."""
+    end = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.02)
