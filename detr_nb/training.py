@@ -264,21 +264,21 @@ class Sizes:
     Args:
         short_sides: lengths of the short side to choose from in training, pixels.
         longest: longest side allowed, pixels.
-        crop: shortest and longest side of the random crop that half of the images pass, pixels; null never crops.
+        crop: shortest and longest side of the random crop that half of the images pass, pixels; [] never crops.
         before_crop: lengths of the short side before the crop, pixels.
         eval_side: length of the short side after training, pixels.
     """
 
     short_sides: tuple[int, ...] = TRAIN_SIDES
     longest: int = 1333
-    crop: tuple[int, int] | None = (384, 600)
+    crop: tuple[int, ...] = (384, 600)
     before_crop: tuple[int, ...] = (400, 500, 600)
     eval_side: int = 800
 
     def pair(self, train: BoxDataset, val: BoxDataset, workers: int) -> tuple[Augmented, Transformed]:
         """Both datasets as a run wants them: one augmented, the other only resized."""
         rule = Preprocess(self.eval_side, self.longest)
-        change = train_transform(self.short_sides, self.longest, self.crop, self.before_crop)
+        change = train_transform(self.short_sides, self.longest, self.crop or None, self.before_crop)
         return Augmented(train, change, rule, workers), Transformed(val, rule.resize())
 
 @dataclass(frozen=True)

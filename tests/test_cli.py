@@ -252,7 +252,7 @@ def drawn() -> list[str]:
         write_coco(Scenes(replace(EASY, size=64), count, seed), Path("data") / name)
     flags = [word for role in ("train", "val") for word in (f"--data.{role}", f"data/{role}/images",
              f"--data.{role}_file", f"data/{role}/annotations.json")]
-    sizes = ["--data.sizes.short_sides", "[64]", "--data.sizes.crop", "null", "--data.sizes.eval_side", "64"]
+    sizes = ["--data.sizes.short_sides", "[64]", "--data.sizes.crop", "[]", "--data.sizes.eval_side", "64"]
     return ["--data", "CocoData", *flags, *sizes, "--data.workers", "0"]
 
 

@@ -341,7 +341,7 @@ def test_a_configuration_is_a_file_and_flags_alike(tmp_path):
     assert read_config(["--config", str(tmp_path / "config.yaml")]) == config
     flags = ["--data", "ShapesData", "--data.train_images", "24", "--lr", "0.1", "--bf16", "true"]
     asked = read_config(["--config", str(tmp_path / "config.yaml"), *flags])
-    assert asked == replace(config, data=ShapesData(train_images=24), lr=0.1, bf16=True)
+    assert asked == replace(config, data=ShapesData(EASY, 24, 4), lr=0.1, bf16=True)
     assert read_config([]) == TrainConfig()
 
 
