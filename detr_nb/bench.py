@@ -14,6 +14,7 @@ __all__ = ['UNITS', 'CLASSES', 'DEPTHS', 'HF', 'BUILDERS', 'COMPARISONS', 'wait'
 # %% ../nbs/17_bench.ipynb #17b00005
 import io
 import json
+import os
 import shlex
 import tempfile
 import time
@@ -766,7 +767,7 @@ def bench(options: Bench) -> int:
         ValueError: if an option makes no sense.
     """
     check_bench(options)
-    rows, growths = [], []
+    rows, growths, load = [], [], os.getloadavg() if hasattr(os, "getloadavg") else None
     for results in measure(options):
         of_growth = bool(results) and isinstance(results[0], Growth)
         (growths if of_growth else rows).extend(results)
@@ -774,7 +775,7 @@ def bench(options: Bench) -> int:
     record = {
         "what": "medians of interleaved rounds in one run; a ratio below 1 costs less than what it is compared with",
         "command": command_of(options), "date": time.strftime("%Y-%m-%d"), "machine": describe_machine(),
-        "versions": peer_versions(), "rows": [asdict(row) for row in rows], "growths": [asdict(g) for g in growths],
+        "load": load, "versions": peer_versions(), "rows": [asdict(row) for row in rows], "growths": [asdict(g) for g in growths],
     }
     if options.out is not None:
         options.out.write_text(json.dumps(record, indent=1) + "\n", "utf8")

@@ -281,7 +281,7 @@ def test_the_record_holds_everything(tmp_path, monkeypatch, capsys):
     out = tmp_path / "new" / "record.json"
     assert bench(Bench(rounds=3, out=out)) == 0
     record = json.loads(out.read_text("utf8"))
-    assert set(record) == {"what", "command", "date", "machine", "versions", "rows", "growths"}
+    assert set(record) == {"what", "command", "date", "machine", "load", "versions", "rows", "growths"}
     assert record["command"] == "detr-nb bench --rounds 3" and {"processor", "threads"} <= set(record["machine"])
     assert {"torchvision", "pycocotools"} <= set(record["versions"])
     assert [Row(**row | {"samples": tuple(row["samples"])}) for row in record["rows"]] == rows
