@@ -775,7 +775,8 @@ def bench(options: Bench) -> int:
     record = {
         "what": "medians of interleaved rounds in one run; a ratio below 1 costs less than what it is compared with",
         "command": command_of(options), "date": time.strftime("%Y-%m-%d"), "machine": describe_machine(),
-        "load": load, "versions": peer_versions(), "rows": [asdict(row) for row in rows], "growths": [asdict(g) for g in growths],
+        "load": load, "versions": peer_versions(), "rows": [asdict(row) for row in rows],
+        "growths": [asdict(g) for g in growths],
     }
     if options.out is not None:
         options.out.write_text(json.dumps(record, indent=1) + "\n", "utf8")
