@@ -24,6 +24,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
+from .bench import Bench, bench
 from .boxes import xyxy_to_xywh
 from .data import PICTURES, DataError, Problem, check_data, read_image, summary
 from .evaluation import evaluate
@@ -272,7 +273,7 @@ def check(options: CheckData) -> int:
 # %% ../nbs/18_cli.ipynb #18c00029
 COMMANDS: Mapping[str, tuple[type, Callable[..., int]]] = {
     "predict": (Predict, predict), "train": (TrainConfig, train), "eval": (Eval, judge),
-    "check-data": (CheckData, check),
+    "check-data": (CheckData, check), "bench": (Bench, bench),
 }
 WORDS = {"images": "*", "folder": "?"}  # fields that take words without a flag, of commands that have them
 

@@ -29,7 +29,8 @@ from detr_nb.training import (
     start,
 )
 
-SIZES = TinyModel(num_queries=4, widths=(16, 16, 16), hidden_dim=16, nheads=2, dec_layers=2, dim_feedforward=16, dropout=0.1)
+SIZES = TinyModel(num_queries=4, widths=(16, 16, 16), hidden_dim=16, nheads=2, dec_layers=2, dim_feedforward=16,
+                  dropout=0.1)
 
 
 @dataclass(frozen=True)
