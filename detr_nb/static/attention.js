@@ -26,3 +26,13 @@ export function shares(query, keys, heads, strength) {
 export function spreadOf(weights) {
   return Math.exp(-weights.reduce((sum, w) => sum + (w > 0 ? w * Math.log(w) : 0), 0));
 }
+
+/** Recorded shares from a text of bytes: each byte is the root of a share, of the largest in its row. */
+export function unpack(text, width) {
+  const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+  return Array.from({ length: bytes.length / width }, (_, row) => {
+    const parts = Array.from(bytes.subarray(row * width, (row + 1) * width), (byte) => (byte / 255) ** 2);
+    const sum = parts.reduce((total, part) => total + part, 0);
+    return parts.map((part) => part / sum);
+  });
+}

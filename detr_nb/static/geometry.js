@@ -60,7 +60,7 @@ export function slopes(prediction, target) {
   const takesInner = a.map((x, j) => (j < 2 ? slopeOfMax(x, b[j]) : slopeOfMax(-x, -b[j])));
   const takesOuter = a.map((x, j) => (j < 2 ? slopeOfMax(-x, -b[j]) : slopeOfMax(x, b[j])));
   // No negative widths: a side of the shared part that is cut off at 0 has no slope.
-  const alive = [0, 1].map((j) => inner[j + 2] - inner[j] >= 0);
+  const alive = [0, 1].map((j) => inner[j + 2] - inner[j] > 0);
   const cut = [inner[0], inner[1], alive[0] ? inner[2] : inner[0], alive[1] ? inner[3] : inner[1]];
   const shared = areaOf(cut);
   const dShared = slopeOfArea(cut, takesInner.map((slope, j) => (alive[j % 2] ? slope : 0)));

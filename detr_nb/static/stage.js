@@ -54,12 +54,9 @@ export function follow(model, names, draw) {
   return () => names.forEach((name) => model.off(`change:${name}`, draw));
 }
 
-let count = 0;
-
-/** A name that nothing else on the page has. */
+/** A name that nothing else on the page has; several explorables do not know each other, so it is drawn at random. */
 export function fresh(prefix) {
-  count += 1;
-  return `xp-${prefix}-${count}`;
+  return `xp-${prefix}-${Math.random().toString(36).slice(2, 12)}`;
 }
 
 /** The frame around everything: a title, the stage, a panel of controls, and one sentence that says what is seen.
@@ -120,10 +117,11 @@ export function slider({ label, min, max, step, value, format = String, changed 
   return { element: html("div", { class: "xp-slider" }, html("label", { for: id }, label), output, input), set };
 }
 
-/** One of several: radio buttons that look like one bar. Returns the element and `set`. */
+/** One of several: radio buttons that look like one bar; `options` are pairs of key and text, or an object of them. */
 export function choice({ label, options, value, changed }) {
   const group = fresh("choice");
-  const inputs = Object.entries(options).map(([key, text]) => {
+  const pairs = Array.isArray(options) ? options : Object.entries(options);
+  const inputs = pairs.map(([key, text]) => {
     const input = html("input", { type: "radio", name: group, value: key, onchange: () => changed(key) });
     input.checked = key === value;
     return { input, element: html("label", {}, input, html("span", {}, text)) };
@@ -156,6 +154,8 @@ export function dragging(drawing, node, { began = () => null, moved, ended = () 
     const point = new DOMPoint(event.clientX, event.clientY).matrixTransform(drawing.getScreenCTM().inverse());
     return [point.x, point.y];
   };
+  // A finger that drags must not scroll; some browsers do not heed `touch-action` inside a drawing.
+  node.addEventListener("touchstart", (event) => event.preventDefault(), { passive: false });
   node.addEventListener("pointerdown", (event) => {
     if (event.button > 0) return;
     event.preventDefault();
