@@ -79,7 +79,7 @@ class Explorable(anywidget.AnyWidget):
         picture = {"image/png": base64.b64encode(self.still()).decode(), "text/plain": self.in_words()}
         return data | picture, metadata | {"image/png": {"alt": self.in_words()}}
 
-# %% ../nbs/91_explorables.ipynb #879a3bd6
+# %% ../nbs/91_explorables.ipynb #b2af22e4
 class TwoBoxes(Explorable):
     """Drag two boxes and see IoU, GIoU and L1 with their slopes (chapter 03).
 
@@ -97,13 +97,13 @@ class TwoBoxes(Explorable):
     def draw(self) -> None:
         """Draw both boxes."""
         sets = {"prediction": torch.tensor([self.prediction]), "target": torch.tensor([self.target])}
-        show_boxes(sets, {name: [name] for name in sets})
+        show_boxes(sets, {name: [name] for name in sets}, "Where does the loss push?")
 
     def in_words(self) -> str:
         """What the still picture shows."""
         return "An explorable figure: a predicted box and a true box in an image."
 
-# %% ../nbs/91_explorables.ipynb #2c2b2926
+# %% ../nbs/91_explorables.ipynb #272a9024
 class Matching(Explorable):
     """Drag predictions and targets, turn the weights of the cost, and see who belongs to whom (chapter 09).
 
@@ -140,13 +140,14 @@ class Matching(Explorable):
         sets = {"prediction": self.predictions, "target": self.targets}
         called = [self.names[one["label"]] for one in self.targets]
         labels = {"prediction": range(len(self.predictions)), "target": called}
-        show_boxes({name: torch.tensor([one["box"] for one in boxes]) for name, boxes in sets.items()}, labels)
+        boxes = {name: torch.tensor([one["box"] for one in things]) for name, things in sets.items()}
+        show_boxes(boxes, labels, "Who belongs to whom?")
 
     def in_words(self) -> str:
         """What the still picture shows."""
         return f"An explorable figure: {len(self.predictions)} predictions and {len(self.targets)} targets in an image."
 
-# %% ../nbs/91_explorables.ipynb #4d4587ea
+# %% ../nbs/91_explorables.ipynb #ead45cd4
 class Positions(Explorable):
     """Point at a cell and see how similar the addresses of all others are (chapter 02).
 
@@ -169,7 +170,8 @@ class Positions(Explorable):
         """Draw the similarity of all cells with the chosen one."""
         grid = torch.zeros(1, self.rows, self.columns, dtype=torch.bool)
         table = SinePositions(self.width, self.temperature)(grid)[0]
-        heatmap(table @ table[tuple(self.cell)] / (self.width / 2), numbers=False)
+        title = f"Similarity with row {self.cell[0]}, column {self.cell[1]}"
+        heatmap(table @ table[tuple(self.cell)] / (self.width / 2), title=title, numbers=False)
 
     def in_words(self) -> str:
         """What the still picture shows."""
