@@ -16,10 +16,9 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
-from detr_nb_book import prepare  # noqa: E402
+from detr_nb_book import WIDGET, prepare  # noqa: E402
 
 CACHE = ROOT / "book" / "_build" / ".jupyter_cache"
-WIDGET = "application/vnd.jupyter.widget-view+json"
 WIDGET_TEXT = "An interactive figure: see it in the book, or run this cell."
 METADATA = {
     "kernelspec": {"display_name": "python3", "language": "python", "name": "python3"},
@@ -50,7 +49,8 @@ def clean_output(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
         output.text = clean_text(output.text)
     elif output.output_type in ("display_data", "execute_result"):
         if WIDGET in output.data:
-            output.data = nbformat.from_dict({"text/plain": WIDGET_TEXT})
+            stills = {kind: value for kind, value in output.data.items() if kind.startswith("image/")}
+            output.data = nbformat.from_dict(stills or {"text/plain": WIDGET_TEXT})
         for kind, value in output.data.items():
             if isinstance(value, str) and (kind.startswith("text/") or kind.endswith("+xml")):
                 output.data[kind] = clean_text(value)

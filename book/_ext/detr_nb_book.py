@@ -1,11 +1,12 @@
 """The book's own Sphinx extension.
 
-It does four things:
+It does five things:
 
 - reads `.ipynb` files: nbdev's `#|` directives become the tags that Jupyter Book knows (`read_notebook`);
 - makes the execution cache notice edits of the library: a digest of the modules a notebook imports, of the files it
   says it reads and of the installed versions goes into the kernel's metadata, which the cache hashes (`digest`), and
   the same files become Sphinx dependencies of the page (`note_sources`);
+- gives every widget the still picture of its output for readers without scripts (`keep_stills`);
 - takes the repository's address from settings.ini (`set_repository`);
 - says which chapter is being built and how long it took (`say_start`, `say_end`).
 """
@@ -23,12 +24,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import nbformat
+from docutils import nodes
 from myst_nb.core.render import NbElementRenderer
 from sphinx.util import logging
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "detr_nb"
 VERSIONS = ("torch", "torchvision", "numpy", "scipy", "matplotlib", "pycocotools", "pillow", "jaxtyping", "ipywidgets")
+WIDGET = "application/vnd.jupyter.widget-view+json"
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 # --- directives ---------------------------------------------------------------------------------------------------
@@ -251,6 +254,18 @@ def render_image(self, data):
     return images
 
 
+# --- still pictures of widgets ------------------------------------------------------------------------------------
+def keep_stills(app, doctree) -> None:
+    """Where no script runs, show the picture that an output carries beside its widget."""
+    for bundle in doctree.findall(nodes.container):
+        if bundle.get("nb_element") == "mime_bundle":
+            kinds = {part["mime_type"]: part for part in bundle.children}
+            widget, picture = kinds.get(WIDGET), kinds.get("image/svg+xml", kinds.get("image/png"))
+            if widget is not None and picture is not None:
+                before, after = (nodes.raw("", mark, format="html") for mark in ("<noscript>", "</noscript>"))
+                widget += [before, *(part.deepcopy() for part in picture.children), after]
+
+
 # --- events -------------------------------------------------------------------------------------------------------
 LOGGER = logging.getLogger(__name__)
 _progress = {"names": [], "start": 0.0}
@@ -320,5 +335,6 @@ def setup(app):
     app.connect("env-before-read-docs", plan)
     app.connect("source-read", say_start, priority=100)
     app.connect("source-read", note_sources)
+    app.connect("doctree-read", keep_stills, priority=800)
     app.connect("doctree-read", say_end, priority=900)
     return {"version": "1", "parallel_read_safe": False, "parallel_write_safe": True}

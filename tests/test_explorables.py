@@ -1,0 +1,458 @@
+"""The explorables: their JavaScript against the library, their files, and their behaviour in a browser."""
+
+import ast
+import base64
+import contextlib
+import functools
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from browser import CHROMIUM, Browser
+from scipy.optimize import linear_sum_assignment
+from torch.testing import assert_close
+from torchvision.ops import batched_nms
+
+from detr_nb.attention import HeadMaps, attention_weights
+from detr_nb.boxes import cxcywh_to_xyxy, giou, iou
+from detr_nb.matcher import HungarianMatcher, pad_targets
+from detr_nb.model import detr_tiny
+from detr_nb.notation import Output, Target, toy_image
+from detr_nb.positions import SinePositions
+from detr_nb.shapes import DEFAULT, Scenes
+
+ROOT = Path(__file__).resolve().parents[1]
+STATIC = ROOT / "detr_nb" / "static"
+HTML = ROOT / "book" / "_build" / "html"
+PAGE = "nbs/91_explorables.html"
+NODE = shutil.which("node")
+FIGURES = ("two_boxes", "matching", "addressing", "layers", "attending", "gazing")
+
+if os.environ.get("CI") != "true":
+    pytest.importorskip("anywidget")
+from detr_nb import explorables  # noqa: E402
+
+
+def need(present, reason: str) -> None:
+    """Skip for a reader, fail where everything should be at hand."""
+    if not present:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+
+
+def run_node(script: str, data=None):
+    """What a piece of JavaScript prints as JSON; `data` is at hand there, and `from(name)` imports a script of ours."""
+    need(NODE, "no node to run the JavaScript with")
+    head = f"const from = (name) => import({json.dumps(STATIC.as_uri() + '/')} + name + '.js');\n"
+    head += "import { readFileSync } from 'node:fs'; const data = JSON.parse(readFileSync(0, 'utf8'));\n"
+    command = [NODE, "--input-type=module", "-e", head + script]
+    result = subprocess.run(command, input=json.dumps(data), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def random_boxes(n: int, seed: int) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    size = 0.05 + 0.6 * torch.rand(n, 2, generator=draw, dtype=torch.float64)
+    return torch.cat((size / 2 + (1 - size) * torch.rand(n, 2, generator=draw, dtype=torch.float64), size), -1)
+
+
+# --- the mathematics ----------------------------------------------------------------------------------------------
+def test_nodes_own_tests_pass():
+    need(NODE, "no node to run the JavaScript with")
+    files = sorted(str(path) for path in (ROOT / "tests" / "js").glob("*.test.mjs"))
+    result = subprocess.run([NODE, "--test", *files], capture_output=True, text=True, timeout=300)
+    assert len(files) >= 5 and result.returncode == 0, result.stdout[-4000:]
+
+
+def pairs_with_ties() -> tuple[torch.Tensor, torch.Tensor]:
+    """Random pairs; pairs on a coarse grid, where edges fall together; equal boxes; a box in a box.
+
+    Boxes that only touch are left out: there versions of PyTorch differ on the slope of `clamp`, and each is right.
+    """
+    a, b = random_boxes(300, 0), random_boxes(300, 1)
+    coarse = [(boxes * 8).round().clamp(min=1) / 8 for boxes in (random_boxes(200, 2), random_boxes(200, 3))]
+    inner = torch.cat((a[:50, :2], a[:50, 2:] / 2), -1)
+    first, second = torch.cat((a, coarse[0], a[:20], a[:50])), torch.cat((b, coarse[1], a[:20], inner))
+    one, two = cxcywh_to_xyxy(first), cxcywh_to_xyxy(second)
+    touch = (torch.minimum(one, two)[:, 2:] == torch.maximum(one, two)[:, :2]).any(1)
+    assert 100 < (~touch[300:500]).sum() < 200
+    return first[~touch], second[~touch]
+
+
+def test_measures_and_slopes_are_those_of_the_library():
+    predictions, targets = pairs_with_ties()
+    found = run_node(
+        "const { measures, slopes } = await from('geometry');"
+        "console.log(JSON.stringify(data.map(([a, b]) => [measures(a, b), slopes(a, b)])))",
+        torch.stack((predictions, targets), 1).tolist(),
+    )
+    boxes = predictions.clone().requires_grad_()
+    corners, true = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets)
+    ours = {"iou": iou(corners, true), "giou": giou(corners, true), "l1": (boxes - targets).abs().sum(-1)}
+    for name, values in ours.items():
+        loss = values if name == "l1" else 1 - values
+        (slope,) = torch.autograd.grad(loss.sum(), boxes, retain_graph=True)
+        theirs = torch.tensor([measures[name] for measures, _ in found], dtype=torch.float64)
+        assert_close(theirs, values.detach(), atol=1e-6, rtol=0)
+        theirs = torch.tensor([slopes[name] for _, slopes in found], dtype=torch.float64)
+        assert_close(theirs, slope, atol=1e-6, rtol=1e-6)
+
+
+def test_the_solver_is_as_good_as_scipys():
+    rng = np.random.default_rng(0)
+    tables = [rng.normal(size=rng.integers(1, 12, 2)) for _ in range(300)]
+    tables += [rng.random((100, 7)), rng.random((40, 40))]
+    script = "const { assign } = await from('assignment'); console.log(JSON.stringify(data.map(assign)))"
+    for table, pairs in zip(tables, run_node(script, [table.tolist() for table in tables]), strict=True):
+        assert pairs == np.stack(linear_sum_assignment(table), 1).tolist()
+
+
+def test_ties_cost_what_scipys_choice_costs():
+    rng = np.random.default_rng(1)
+    tables = [rng.integers(0, 3, rng.integers(1, 9, 2)).astype(float) for _ in range(200)]
+    script = "const { assign } = await from('assignment'); console.log(JSON.stringify(data.map(assign)))"
+    for table, pairs in zip(tables, run_node(script, [table.tolist() for table in tables]), strict=True):
+        rows, columns = np.array(pairs).T
+        assert table[rows, columns].sum() == table[linear_sum_assignment(table)].sum()
+        assert len(set(rows)) == len(set(columns)) == min(table.shape)
+
+
+def test_costs_and_matches_are_those_of_the_matcher():
+    boxes, truth = random_boxes(6, 4), random_boxes(4, 5)
+    logits, labels = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 0])
+    out = Output(logits[None, None].float(), boxes[None, None].float())
+    target, matcher = Target(labels=labels, boxes=truth.float()), HungarianMatcher(1.5, 4, 2.5)
+    shares = logits.softmax(-1).tolist()
+    guesses = [{"box": box, "probabilities": p} for box, p in zip(boxes.tolist(), shares, strict=True)]
+    targets = [{"box": box, "label": label} for box, label in zip(truth.tolist(), labels.tolist(), strict=True)]
+    cost, pairs = run_node(
+        "const { assign, costTable } = await from('assignment');"
+        "const cost = costTable(...data, { classWeight: 1.5, l1Weight: 4, giouWeight: 2.5 });"
+        "console.log(JSON.stringify([cost, assign(cost)]))",
+        [guesses, targets],
+    )
+    assert_close(torch.tensor(cost), matcher.cost(out, pad_targets([target], out.boxes))[0, 0], atol=1e-5, rtol=0)
+    ((queries, ids),) = matcher(out, [target])[0]
+    assert pairs == torch.stack((queries, ids), 1).tolist()
+
+
+@pytest.mark.parametrize(("rows", "columns", "d", "temperature"), [(6, 8, 32, 20), (12, 16, 256, 10000), (1, 5, 8, 1)])
+def test_addresses_are_those_of_the_library(rows, columns, d, temperature):
+    script = "const { addresses } = await from('positions'); console.log(JSON.stringify(addresses(...data)))"
+    found = torch.tensor(run_node(script, [rows, columns, d, temperature]), dtype=torch.float64)
+    torch.set_default_dtype(torch.float64)
+    try:
+        ours = SinePositions(d, temperature)(torch.zeros(1, rows, columns, dtype=torch.bool))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_close(found, ours[0].flatten(0, 1), atol=1e-6, rtol=0)
+
+
+def test_suppression_is_torchvisions():
+    boxes, draw = random_boxes(60, 6), torch.Generator().manual_seed(0)
+    scores, labels = torch.rand(60, generator=draw), torch.randint(3, (60,), generator=draw)
+    script = "const { suppress } = await from('suppression'); console.log(JSON.stringify(suppress(...data, 0.5)))"
+    kept = run_node(script, [boxes.tolist(), scores.tolist(), labels.tolist()])
+    assert kept == batched_nms(cxcywh_to_xyxy(boxes), scores.double(), labels, 0.5).tolist() and len(kept) < 60
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4, 8])
+def test_shares_are_those_of_the_library(heads):
+    cells = explorables.describe_cells(toy_image()).double()
+    split = HeadMaps(8, heads).split(cells[None])
+    ours = attention_weights(1.7 * split, split)[0, :, 9]
+    script = "const { shares } = await from('attention'); console.log(JSON.stringify(shares(...data)))"
+    found = run_node(script, [cells[9].tolist(), cells.tolist(), heads, 1.7])
+    assert_close(torch.tensor(found, dtype=torch.float64), ours, atol=1e-6, rtol=0)
+
+
+def test_packed_shares_come_back():
+    weights = (3 * torch.randn(7, 30, generator=torch.Generator().manual_seed(0))).softmax(-1)
+    script = "const { unpack } = await from('attention'); console.log(JSON.stringify(unpack(data, 30)))"
+    assert_close(torch.tensor(run_node(script, explorables.packed(weights))), weights, atol=4e-3, rtol=0.02)
+
+
+# --- files and Python ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_joined_script_is_one_sound_module(name, tmp_path):
+    need(NODE, "no node to run the JavaScript with")
+    text = explorables.joined(name)
+    assert not re.findall(r"^import ", text, re.M)
+    assert re.findall(r"^export .*", text, re.M) == ["export default { render };"]
+    (tmp_path / "joined.mjs").write_text(text)
+    script = "const found = await import(data); console.log(JSON.stringify(typeof found.default.render))"
+    assert run_node(script, (tmp_path / "joined.mjs").as_uri()) == "function"  # a name used twice would be an error
+
+
+def test_joining_takes_each_script_once_and_after_what_it_needs():
+    order = explorables.scripts("matching")
+    assert len(order) == len(set(order)) and order[-1] == "matching"
+    assert order.index("geometry") < order.index("assignment") and order.index("stage") < order.index("movable")
+
+
+def test_every_script_belongs_to_a_figure_and_fetches_nothing():
+    used = {part for name in FIGURES for part in explorables.scripts(name)}
+    assert used == {path.stem for path in STATIC.glob("*.js")}
+    for path in STATIC.iterdir():
+        assert set(re.findall(r"https?://[^\"'\s)]+", path.read_text("utf8"))) <= {"http://www.w3.org/2000/svg"}
+    assert sum(path.stat().st_size for path in STATIC.iterdir()) < 80_000
+
+
+def test_without_anywidget_the_message_says_what_to_install():
+    code = "import sys; sys.modules['anywidget'] = None\nimport detr_nb.explorables"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "pip install 'detr-nb[book]'" in result.stderr.splitlines()[-1]
+
+
+def test_nothing_else_of_the_library_needs_the_explorables():
+    for path in (ROOT / "detr_nb").glob("*.py"):
+        names = {getattr(node, "module", "") or "" for node in ast.walk(ast.parse(path.read_text("utf8")))
+                 if isinstance(node, ast.ImportFrom)}
+        assert not any("explorables" in name for name in names), path.name
+
+
+@functools.cache
+def figures() -> dict[str, object]:
+    model, scenes = detr_tiny(pretrained=True), Scenes(DEFAULT, 20, seed=123)
+    return {
+        "two_boxes": explorables.TwoBoxes(), "matching": explorables.Matching(), "addressing": explorables.Positions(),
+        "attending": explorables.Attention(),
+        "layers": explorables.Layers(scenes=[explorables.record_scene(model, *scenes[13])], names=model.names),
+        "gazing": explorables.Gaze(record=explorables.record_gaze(model, scenes[16][0]), names=model.names),
+    }
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_carries_a_picture_and_words(name):
+    data, metadata = figures()[name]._repr_mimebundle_()
+    assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG") and len(data["image/png"]) < 400_000
+    assert metadata["image/png"]["alt"] == data["text/plain"] and len(data["text/plain"]) > 40
+    assert "application/vnd.jupyter.widget-view+json" in data
+
+
+def test_a_record_says_what_the_model_says_and_is_small():
+    model, (image, target) = detr_tiny(pretrained=True), Scenes(DEFAULT, 20, seed=123)[13]
+    with torch.no_grad():
+        out = model(model.preprocess(image)[None])
+    record = explorables.record_scene(model, image, target)
+    for layer, boxes in zip(record["layers"], out.boxes[:, 0], strict=True):
+        assert_close(torch.tensor(layer["boxes"]), boxes, atol=1e-4, rtol=0)
+    assert len(json.dumps(record)) < 20_000
+    gaze = figures()["gazing"].record
+    assert len(json.dumps(gaze)) < 150_000 and len(gaze["decoder"]) == 4 and len(gaze["objects"]) == 7
+
+
+def test_recording_leaves_the_model_as_it_was():
+    model = detr_tiny(pretrained=True)
+    explorables.record_gaze(model, Scenes(DEFAULT, 20, seed=123)[0][0])
+    assert not any(part._forward_pre_hooks for part in model.modules())
+
+
+# --- in a browser -------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    need(CHROMIUM, "no chromium to look at the page with")
+    need((HTML / PAGE).exists(), "the book is not built: `make book`")
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == "/favicon.ico":  # every browser asks for one
+            self.send_response(204)
+            self.end_headers()
+        else:
+            super().do_GET()
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def served(folder: Path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def opened(browser, **options):
+    page = browser.page((HTML / PAGE).as_uri(), **options)
+    page.wait(f"document.querySelectorAll('.xp').length === {len(FIGURES)}")
+    return page
+
+
+def words(page, figure: int) -> str:
+    return page.evaluate(f"document.querySelectorAll('.xp')[{figure}].querySelector('.xp-words').textContent")
+
+
+def place_of(page, selector: str) -> list[float]:
+    """Centre and size of a movable box, from what it says of itself."""
+    label = page.evaluate(f"document.querySelector('{selector}').getAttribute('aria-label')")
+    return [float(number) for number in re.findall(r"\d\.\d\d", label)]
+
+
+# The theme says this on a first visit.
+KNOWN = ("Got invalid theme mode: . Resetting to auto.",)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["file", "http"])
+def test_all_figures_appear_without_an_error_and_without_a_foreign_host(browser, way):
+    with served(HTML) if way == "http" else contextlib.nullcontext(HTML.as_uri()) as root:
+        page = browser.page(f"{root}/{PAGE}")
+        page.wait(f"document.querySelectorAll('.xp').length === {len(FIGURES)}")
+        page.rest(0.5)
+        assert [error for error in page.errors if error not in KNOWN] == []
+        assert [url for url in page.fetched if not url.startswith((root, "data:", "blob:"))] == []
+        page.close()
+
+
+@pytest.mark.slow
+def test_a_box_follows_the_pointer_and_the_keyboard(browser):
+    page = opened(browser)
+    before, said = place_of(page, ".xp-prediction"), words(page, 0)
+    page.drag(page.centre(".xp-prediction .xp-inside"), 30, 20)
+    after = place_of(page, ".xp-prediction")
+    assert after[0] > before[0] and after[1] > before[1] and after[2:] == before[2:] and words(page, 0) != said
+    assert page.evaluate("document.activeElement === document.querySelector('.xp-prediction')")
+    for _ in range(3):
+        page.press("ArrowLeft")
+    page.press("ArrowDown", shift=True)
+    moved = place_of(page, ".xp-prediction")
+    assert [round(x - y, 2) for x, y in zip(moved, after, strict=True)] == [-0.03, 0, 0, 0.01]
+    page.drag(page.centre(".xp-prediction .xp-grip", 3), 20, 20)
+    larger = place_of(page, ".xp-prediction")
+    assert larger[2] > moved[2] and larger[3] > moved[3]
+    page.rest(0.8)
+    assert page.evaluate("document.querySelector('.xp-spoken').textContent") == words(page, 0)
+    assert [error for error in page.errors if error not in KNOWN] == []
+    page.close()
+
+
+@pytest.mark.slow
+def test_the_first_tab_into_a_figure_reaches_a_box_that_shows_its_focus(browser):
+    page = opened(browser)
+    page.evaluate("document.querySelector('.xp-target').focus()")
+    page.press("Tab")
+    assert page.evaluate("document.activeElement.matches('.xp-prediction:focus-visible')")
+    width = "getComputedStyle(document.querySelector('{} .xp-inside')).strokeWidth"
+    assert page.evaluate(width.format(".xp-prediction")) != page.evaluate(width.format(".xp-target"))
+    page.close()
+
+
+@pytest.mark.slow
+def test_a_finger_moves_a_box_and_not_the_page(browser):
+    page = opened(browser, width=390, height=844, touch=True)
+    start, before = page.centre(".xp-prediction .xp-inside"), place_of(page, ".xp-prediction")
+    scrolled = page.evaluate("scrollY")
+    page.swipe(start, 30, 40)
+    after = place_of(page, ".xp-prediction")
+    assert after[0] > before[0] and after[1] > before[1] and page.evaluate("scrollY") == scrolled
+    wide = "Math.max(...[...document.querySelectorAll('.xp, .xp *')].map(e => e.getBoundingClientRect().right))"
+    assert page.evaluate(wide) <= 391, "something is wider than the phone"
+    page.close()
+
+
+@pytest.mark.slow
+def test_weights_change_the_assignment(browser):
+    page = opened(browser)
+    assert "pays 1.30 more" in words(page, 1)
+    for slider in range(3):  # only the class counts
+        script = ("(() => { const s = document.querySelectorAll('.xp')[1].querySelectorAll('input[type=range]')[%d];"
+                  "s.value = %s; s.dispatchEvent(new Event('input', { bubbles: true })) })()")
+        page.evaluate(script % (slider, "1" if slider == 0 else "0"))
+    assert "in sum \u22122.05" in words(page, 1)  # 0.80 and 0.50 for the cats, 0.75 for the dog
+    page.close()
+
+
+@pytest.mark.slow
+def test_a_cell_is_chosen_by_hovering_and_by_keys(browser):
+    page = opened(browser)
+    x, y = page.centre(".xp-cells")
+    page.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    row, column = re.match(r"Row (\d+), column (\d+)", words(page, 2)).groups()
+    assert row in "56" and column in "78"  # the middle of 12 by 16
+    page.evaluate("document.querySelector('.xp-cells').focus()")
+    page.press("ArrowUp")
+    assert words(page, 2).startswith(f"Row {int(row) - 1}, column {column}:")
+    page.close()
+
+
+@pytest.mark.slow
+def test_duplicates_vanish_with_the_layers(browser):
+    page = opened(browser)
+    assert "8 boxes for 6 objects" in words(page, 3)
+    page.evaluate("document.querySelectorAll('.xp')[3].querySelector('input[type=range]').focus()")
+    page.press("ArrowRight")
+    page.press("ArrowRight")
+    assert words(page, 3).startswith("Layer 3: 6 boxes for 6 objects. NMS finds nothing")
+    page.close()
+
+
+@pytest.mark.slow
+def test_heads_and_gaze_answer(browser):
+    page = opened(browser)
+    click = ("document.querySelectorAll('.xp')[{}].querySelectorAll('fieldset')[{}]"
+             ".querySelectorAll('input')[{}].click()")
+    page.evaluate(click.format(4, 0, 0))
+    assert words(page, 4).startswith("One head: row 2, column 1")
+    page.evaluate(click.format(5, 0, 0))
+    assert words(page, 5).startswith("The cell in row 8, column 8")
+    page.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dark", [False, True])
+def test_colours_follow_the_page_and_text_can_be_read(browser, dark):
+    page = opened(browser, dark=dark)
+    assert page.evaluate("document.documentElement.dataset.theme") == ("dark" if dark else "light")
+    script = """[...document.querySelectorAll('.xp :is(p, td, th, label, button, caption)')].map(e => {
+      const rgb = c => (c.match(/[\\d.]+/g) || []).map(Number);
+      let b = e, back = [0, 0, 0, 0];
+      const solid = () => (back = rgb(getComputedStyle(b).backgroundColor), back.length === 3 || back[3] === 1);
+      while (b && !solid()) b = b.parentElement;
+      return [rgb(getComputedStyle(e).color), back, e.textContent] })"""
+
+    def light(colour):
+        parts = [c / 255 / 12.92 if c / 255 <= 0.03928 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
+        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+    for ink, paper, text in page.evaluate(script):
+        high, low = sorted((light(ink), light(paper)), reverse=True)
+        assert (high + 0.05) / (low + 0.05) >= 4.5, (text, ink, paper)
+    page.close()
+
+
+@pytest.mark.slow
+def test_the_switch_of_the_page_wins_over_the_system(browser):
+    page = opened(browser, dark=False)
+    ground = "getComputedStyle(document.querySelector('.xp')).backgroundColor"
+    light = page.evaluate(ground)
+    page.evaluate("document.documentElement.dataset.theme = 'dark'")
+    assert page.evaluate(ground) != light
+    page.close()
+
+
+@pytest.mark.slow
+def test_where_no_script_runs_there_is_a_picture(browser):
+    page = browser.page((HTML / PAGE).as_uri(), scripts=False)
+    page.ask("Emulation.setScriptExecutionDisabled", value=False)
+    pictures = "[...document.querySelectorAll('.cell_output noscript img')].map(i => [i.naturalWidth, i.alt])"
+    seen = page.evaluate(pictures)
+    assert len(seen) == len(FIGURES) and all(width > 200 and alt for width, alt in seen)
+    page.close()
