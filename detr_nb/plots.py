@@ -6,8 +6,8 @@
 __all__ = ['PALETTE', 'IMAGENET_MEAN', 'IMAGENET_STD', 'LEVELS', 'STYLE', 'Numbers', 'PLACES', 'ARROWS', 'PITCH', 'BOX', 'colour',
            'styled', 'as_array', 'axes_grid', 'one_axes', 'as_picture', 'draw_box', 'caption', 'show_image',
            'show_images', 'show_boxes', 'colour_range', 'write_numbers', 'name_ticks', 'heatmap', 'heatmaps',
-           'mark_places', 'finish', 'curves', 'live_curves', 'scatter', 'bars', 'Picture', 'svg_box', 'svg_arrow',
-           'pipeline']
+           'show_weights', 'mark_places', 'finish', 'curves', 'live_curves', 'scatter', 'bars', 'Picture', 'svg_box',
+           'svg_arrow', 'pipeline']
 
 # %% ../nbs/90_plots.ipynb #98571092
 import math
@@ -266,6 +266,33 @@ def heatmaps(
         heatmap(matrix, title=name, numbers=False, ax=ax)
         ax.set(xticks=[], yticks=[])
     axes[0].figure.suptitle(title, fontsize=10)
+
+# %% ../nbs/90_plots.ipynb #90aa0002
+@styled()
+def show_weights(
+    image: Shaped[Tensor, "3 y x"], weights: Float[Tensor, "y2 x2"], boxes: Float[Tensor, "t 4"] | None = None,
+    point: tuple[Number, Number] | None = None, title: str = "", ax: Axes | None = None,
+) -> None:
+    """Lay the weights of a grid over a pale copy of its image: the bluer a cell, the larger its share.
+
+    Args:
+        image: as in `show_image`.
+        weights: at least 0; the grid covers the whole image.
+        boxes: normalised cxcywh.
+        point: (x, y) from 0 to 1 over the image, marked with a cross.
+        title: what the reader should see.
+        ax: where to draw; a new figure otherwise.
+    """
+    ax, values = one_axes(ax, 3, 3), as_array(weights)
+    pale = torch.from_numpy(0.35 + 0.65 * as_picture(image).mean(-1))
+    show_image(pale.expand(3, -1, -1), title=title, ax=ax)
+    height, width = pale.shape
+    depth = values / (values.max() or 1.0)
+    ax.imshow(depth, extent=(0, width, height, 0), cmap="Blues", vmin=0, vmax=1, alpha=0.85 * depth)
+    for corner in [] if boxes is None else scale_boxes(cxcywh_to_xyxy(boxes.detach().cpu()), height, width).tolist():
+        draw_box(ax, corner, colour(1))
+    if point is not None:
+        ax.plot(point[0] * width, point[1] * height, "x", color=colour(1), markersize=7, markeredgewidth=2)
 
 # %% ../nbs/90_plots.ipynb #6871dcbb
 def mark_places(ax: Axes, marks: Mapping) -> None:
