@@ -219,7 +219,7 @@ def attention_entropy(weights: Float[Tensor, "*n s"]) -> Float[Tensor, "*n"]:
 
 # %% ../nbs/13_insight.ipynb #558b7478
 @dataclass(frozen=True)
-class Filmed:
+class Filmed(ModelSource):
     """A source of models, for `TrainConfig`, which keeps copies of the weights while its model trains.
 
     Args:

@@ -20,10 +20,11 @@ from torch import nn
 from detr_nb.data import MemoryDataset
 from detr_nb.evaluation import coco_evaluate
 from detr_nb.insight import Filmed, count_repeats, drop_repeats, matched_queries, only_layer, predict_layers
+from detr_nb.measuring import describe_machine
 from detr_nb.model import DETR, ObjectQueries, detr_tiny, postprocess
 from detr_nb.notation import Memory, Queries
 from detr_nb.shapes import DEFAULT
-from detr_nb.training import ShapesData, TinyModel, TrainConfig, describe_machine, fit
+from detr_nb.training import ShapesData, TinyModel, TrainConfig, fit
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "results" / "query_laboratory.json"
