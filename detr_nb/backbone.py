@@ -128,7 +128,7 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
 
 # %% ../nbs/06_backbone.ipynb #f01ded02
 def folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Float[Tensor, "b c y x"]) -> Float[Tensor, "b c2 y2 x2"]:
-    """A convolution and the frozen norm behind it, as one convolution.
+    """A convolution and the frozen norm behind it: as one convolution, unless a gradient asks for its weight.
 
     Args:
         conv: has no bias.
@@ -137,6 +137,8 @@ def folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Float[Tensor, "b c y x"]
     """
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     shift = norm.bias - norm.running_mean * scale
+    if conv.weight.requires_grad and torch.is_grad_enabled():  # which would have to keep both weights
+        return conv(x).mul_(scale[:, None, None]).add_(shift[:, None, None])
     weight = conv.weight * scale[:, None, None, None]
     return conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
 
