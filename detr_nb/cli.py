@@ -180,7 +180,7 @@ def predict(options: Predict) -> int:
 # %% ../nbs/18_cli.ipynb #18de0001
 @dataclass(frozen=True)
 class FineTuned(ModelSource):
-    """Somebody's weights with a head for your classes.
+    """Somebody's weights with a head for your classes; give low rates, since those of a run are for fresh weights.
 
     Args:
         weights: as in `Predict`; the small model of drawn shapes that the package carries if left out.

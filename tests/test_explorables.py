@@ -38,7 +38,7 @@ NODE = shutil.which("node")
 FIGURES = ("two_boxes", "matching", "addressing", "layers", "attending", "gazing")
 
 if os.environ.get("CI") != "true":
-    pytest.importorskip("anywidget")
+    pytest.importorskip("anywidget", reason="the explorables need anywidget: pip install 'detr-nb[book]'")
 from detr_nb import explorables  # noqa: E402
 
 
