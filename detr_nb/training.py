@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['HOW', 'Watcher', 'predict_batch', 'train_step', 'matrices', 'optimizer_groups', 'rate_factor', 'falling_weight',
            'scale_now', 'shrink', 'evaluate_at', 'Loader', 'TrainingData', 'DataSource', 'ModelSource', 'ShapesData',
-           'Sizes', 'CocoData', 'VocData', 'YoloData', 'TinyModel', 'ResNetModel', 'TrainConfig', 'options_parser',
-           'read_config', 'config_text', 'save_atomically', 'Averages', 'Run', 'log_row', 'described', 'run_state',
-           'agree', 'save_run', 'deciding', 'read_state', 'check_same_run', 'resume_run', 'open_folder', 'batches',
-           'default_device', 'bf16_pays', 'start', 'build_criterion', 'set_pace', 'evaluation_is_due', 'whole_batch',
-           'finite_losses', 'differentiate', 'forgetful_parts', 'recompute', 'ready_to_train', 'tensors_in',
-           'first_not_finite', 'explain_not_finite', 'running_means', 'guarded_step', 'Stopped', 'Notice', 'notice',
-           'file_problems', 'check_before', 'report', 'flat_metrics', 'train_until_done', 'find_accelerator', 'tracked',
-           'fit', 'describe_run', 'record']
+           'Sizes', 'Photographs', 'CocoData', 'VocData', 'YoloData', 'TinyModel', 'ResNetModel', 'TrainConfig',
+           'options_parser', 'read_config', 'config_text', 'save_atomically', 'Averages', 'Run', 'log_row', 'described',
+           'run_state', 'agree', 'save_run', 'deciding', 'read_state', 'check_same_run', 'resume_run', 'open_folder',
+           'batches', 'default_device', 'bf16_pays', 'start', 'build_criterion', 'set_pace', 'evaluation_is_due',
+           'whole_batch', 'finite_losses', 'differentiate', 'forgetful_parts', 'recompute', 'ready_to_train',
+           'tensors_in', 'first_not_finite', 'explain_not_finite', 'running_means', 'guarded_step', 'Stopped', 'Notice',
+           'notice', 'file_problems', 'check_before', 'report', 'flat_metrics', 'train_until_done', 'find_accelerator',
+           'tracked', 'fit', 'describe_run', 'record']
 
 # %% ../nbs/12_training.ipynb #bb39d379
 import json
@@ -281,8 +281,22 @@ class Sizes:
         change = train_transform(self.short_sides, self.longest, self.crop or None, self.before_crop)
         return Augmented(train, change, rule, workers), Transformed(val, rule.resize())
 
+@dataclass(frozen=True, kw_only=True)
+class Photographs(DataSource):
+    """What all sources of photographs have in common.
+
+    Args:
+        sizes: how pictures are resized.
+        workers: processes that read ahead.
+        skip_unreadable: leave out images that cannot be read, with a warning, instead of stopping.
+    """
+
+    sizes: Sizes = Sizes()
+    workers: int = 2
+    skip_unreadable: bool = False
+
 @dataclass(frozen=True)
-class CocoData(DataSource):
+class CocoData(Photographs):
     """Photographs with COCO annotation files.
 
     Args:
@@ -290,18 +304,12 @@ class CocoData(DataSource):
         train_file: their annotations.
         val: folder of the pictures that are held out.
         val_file: their annotations.
-        sizes: how pictures are resized.
-        workers: processes that read ahead.
-        skip_unreadable: leave out images that cannot be read, with a warning, instead of stopping.
     """
 
     train: Path
     train_file: Path
     val: Path
     val_file: Path
-    sizes: Sizes = Sizes()
-    workers: int = 2
-    skip_unreadable: bool = False
 
     def load(self) -> tuple[Augmented, Transformed]:
         """Read both files; crowd regions are left out of training and kept for evaluation."""
@@ -310,24 +318,18 @@ class CocoData(DataSource):
         return self.sizes.pair(train, val, self.workers)
 
 @dataclass(frozen=True)
-class VocData(DataSource):
+class VocData(Photographs):
     """Photographs with Pascal VOC's XML files.
 
     Args:
         folder: holds JPEGImages, Annotations and ImageSets/Main.
         train_split: list of the pictures to learn from.
         val_split: list of the pictures that are held out.
-        sizes: how pictures are resized.
-        workers: processes that read ahead.
-        skip_unreadable: leave out images that cannot be read, with a warning, instead of stopping.
     """
 
     folder: Path
     train_split: str = "train"
     val_split: str = "val"
-    sizes: Sizes = Sizes()
-    workers: int = 2
-    skip_unreadable: bool = False
 
     def load(self) -> tuple[Augmented, Transformed]:
         """Read both lists; the classes are those of the whole folder."""
@@ -336,24 +338,18 @@ class VocData(DataSource):
         return self.sizes.pair(train, val, self.workers)
 
 @dataclass(frozen=True)
-class YoloData(DataSource):
+class YoloData(Photographs):
     """Photographs with YOLO's text files.
 
     Args:
         train: folder of the pictures to learn from.
         val: folder of the pictures that are held out.
         names: the `data.yaml` that names the classes.
-        sizes: how pictures are resized.
-        workers: processes that read ahead.
-        skip_unreadable: leave out images that cannot be read, with a warning, instead of stopping.
     """
 
     train: Path
     val: Path
     names: Path
-    sizes: Sizes = Sizes()
-    workers: int = 2
-    skip_unreadable: bool = False
 
     def load(self) -> tuple[Augmented, Transformed]:
         """Read both folders."""

@@ -219,7 +219,7 @@ def coco(tmp_path) -> CocoData:
     for name, seed in (("train", 1), ("val", 2)):
         write_coco(Scenes(replace(EASY, size=64), 12, seed), tmp_path / name)
     places = [tmp_path / name / part for name in ("train", "val") for part in ("images", "annotations.json")]
-    return CocoData(*places, Sizes((64,), 64, (), eval_side=64), workers=0)
+    return CocoData(*places, sizes=Sizes((64,), 64, (), eval_side=64), workers=0)
 
 
 def change(file: Path, how) -> None:
