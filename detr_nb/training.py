@@ -448,8 +448,13 @@ class TrainConfig:
         clip: largest norm of the gradient.
         warmup: share of the run in which the rate rises.
         drops: shares of the run after which the rate is a tenth; none lets it fall straight to zero.
-        weight_ce: weight of the cross-entropy in the total at the start; boxes keep the paper's 5 and 2.
+        weight_ce: weight of the cross-entropy in the total at the start.
         final_weight_ce: the same at the end.
+        weight_bbox: weight of L1 in the total.
+        weight_giou: weight of GIoU in the total.
+        cost_class: weight of the class in matching.
+        cost_bbox: weight of L1 in matching.
+        cost_giou: weight of GIoU in matching.
         no_object_weight: weight of the no-object class inside the cross-entropy; the paper's 0.1 suits 100 queries.
         scales: pairs (share of the run, scale): until then, pictures are shrunk by this scale; whole ones follow.
         ema: share of the old weights that a running average keeps in a step; 0 has no average.
@@ -484,6 +489,11 @@ class TrainConfig:
     drops: tuple[Number, ...] = ()
     weight_ce: Number = 5
     final_weight_ce: Number = 0.5
+    weight_bbox: Number = 5
+    weight_giou: Number = 2
+    cost_class: Number = 1
+    cost_bbox: Number = 5
+    cost_giou: Number = 2
     no_object_weight: Number = 0.5
     scales: tuple[tuple[Number, Number], ...] = ((0.7, 0.75),)
     ema: Number = 0.0
@@ -846,7 +856,8 @@ def start(config: TrainConfig, train: TrainingData, accelerator: Accelerator | N
 
 def build_criterion(config: TrainConfig, num_classes: int) -> SetCriterion:
     """The loss that the configuration asks for."""
-    return SetCriterion(num_classes, weight_ce=config.weight_ce, no_object_weight=config.no_object_weight)
+    names = ("cost_class", "cost_bbox", "cost_giou", "weight_ce", "weight_bbox", "weight_giou", "no_object_weight")
+    return SetCriterion(num_classes, **{name: getattr(config, name) for name in names})
 
 def set_pace(run: Run, criterion: SetCriterion) -> None:
     """Give every parameter group its rate, and the cross-entropy its weight, for this point of the run."""
