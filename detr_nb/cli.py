@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from .bench import Bench, bench
 from .boxes import xyxy_to_xywh
+from .clinic import Attendant
 from .data import PICTURES, DataError, Problem, check_data, read_image, summary
 from .evaluation import evaluate
 from .model import DETR, DETRDemo
@@ -203,7 +204,7 @@ FOLDER = "runs/detr"  # of a run that names none
 
 def train(config: TrainConfig) -> int:
     """Train, or go on with the run in the folder, and say how good the model became."""
-    run = fit(config if config.folder else replace(config, folder=FOLDER))
+    run = fit(config if config.folder else replace(config, folder=FOLDER), watch=Attendant())
     print(run.line())
     print(f"the model is in {run.folder}: detr-nb predict PICTURES --weights {run.folder}")
     return 0
