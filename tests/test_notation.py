@@ -9,7 +9,17 @@ import torch
 from jaxtyping import Float, TypeCheckError, jaxtyped
 from torch import Tensor
 
-from detr_nb.notation import AXES, Number, Output, Target, expect_error, toy_image, toy_output, toy_targets
+from detr_nb.notation import (
+    AXES,
+    Number,
+    Output,
+    Target,
+    check_exercise,
+    expect_error,
+    toy_image,
+    toy_output,
+    toy_targets,
+)
 
 LIBRARY = Path(__file__).resolve().parents[1] / "detr_nb"
 TYPES = {"Float", "Bool", "Int", "UInt8", "Integer", "Num", "Shaped", "Real", "Complex"}
@@ -149,3 +159,17 @@ def test_the_library_keeps_to_the_letters(path):
 def test_output_fields_have_the_layer_axis_before_the_batch():
     out = toy_output()
     assert Output._fields == ("logits", "boxes") and out.logits.shape[:3] == out.boxes.shape[:3] == (2, 1, 3)
+
+
+def test_an_exercise_is_open_wrong_or_right(capsys):
+    def check(answer):
+        assert answer() == 2
+
+    def open_answer():
+        raise NotImplementedError
+
+    for answer, said in ((open_answer, "open"), (lambda: 1, "not yet: AssertionError"), (lambda: 2, "right"),
+                         (lambda: 1 / 0, "not yet: ZeroDivisionError")):
+        check_exercise(check, answer)
+        out = capsys.readouterr().out
+        assert out.startswith(said) and ("at: assert answer() == 2" in out) == said.startswith("not yet")
