@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMPORT', 'scripts', 'joined', 'Explorable', 'TwoBoxes', 'Matching', 'Positions', 'as_address', 'from_address',
-           'rounded', 'record_scene', 'Layers', 'describe_cells', 'Attention', 'packed', 'record_gaze', 'Gaze']
+           'rounded', 'record_scene', 'Layers', 'describe_cells', 'Attention', 'packed', 'record_gaze', 'Gaze',
+           'record_film', 'Film']
 
 # %% ../nbs/91_explorables.ipynb #50047420
 try:
@@ -16,6 +17,7 @@ except ModuleNotFoundError as error:
 import base64
 import io
 import re
+from collections.abc import Mapping
 from importlib.resources import files
 
 import matplotlib.pyplot as plt
@@ -28,6 +30,8 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from .attention import MultiHeadAttention, attention_weights
+from .evaluation import evaluation_mode
+from .insight import matched_queries
 from .notation import Target, toy_image
 from .plots import axes_grid, heatmap, show_boxes, show_image, styled
 from .positions import SinePositions
@@ -366,3 +370,59 @@ class Gaze(Explorable):
     def in_words(self) -> str:
         """What the still picture shows."""
         return "An explorable figure: the objects that a trained model finds in a scene, and where one of them looks."
+
+# %% ../nbs/91_explorables.ipynb #91f10002
+@torch.no_grad()
+def record_film(
+    model: nn.Module, film: Mapping[int, Mapping[str, Tensor]], image: UInt8[Tensor, "3 y x"], target: Target
+) -> dict[str, object]:
+    """What a model said about one image at each copy of its weights, as plain values that a page can hold.
+
+    Args:
+        model: a DETR; it keeps the weights of the last copy.
+        film: copies of its weights by training step, as `Filmed` makes them.
+        image: colours from 0 to 255.
+        target: the truth, to which the queries are matched.
+    """
+    images, frames = model.preprocess(image)[None], []
+    for step, weights in film.items():
+        model.load_state_dict(weights)
+        with evaluation_mode(model):
+            out = model(images)
+        scores, labels = model.scores(out.logits[-1, 0]).max(-1)
+        frames.append({
+            "step": step, "boxes": rounded(out.boxes[-1, 0], 3), "scores": rounded(scores, 3),
+            "labels": labels.tolist(), "matched": matched_queries(out, [target])[-1].tolist(),
+        })
+    return {"image": as_address(image), "frames": frames, "targets": rounded(target["boxes"])}
+
+# %% ../nbs/91_explorables.ipynb #91f10004
+class Film(Explorable):
+    """Move through a training: where each query predicts, and which object it is matched to (chapter 13).
+
+    Attributes:
+        record: what `record_film` wrote.
+        names: of the classes.
+        frame: which copy of the weights, from 0.
+        query: which query is followed; -1 follows none.
+        all: show queries without an object, too.
+    """
+
+    _esm = joined("filming")
+    record = traitlets.Dict().tag(sync=True)
+    names = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    frame = traitlets.Int(0).tag(sync=True)
+    query = traitlets.Int(-1).tag(sync=True)
+    all = traitlets.Bool(True).tag(sync=True)
+
+    def draw(self) -> None:
+        """Draw the boxes of the matched queries before the first and after the last step."""
+        image, frames = from_address(self.record["image"]), self.record["frames"]
+        for frame, ax in zip((frames[0], frames[-1]), axes_grid(2, 2, 3.4, 3.4), strict=True):
+            matched = [query for query in frame["matched"] if query >= 0]
+            boxes, labels = torch.tensor(frame["boxes"])[matched], torch.tensor(frame["labels"])[matched]
+            show_image(image, boxes, labels, self.names, title=f"step {frame['step']}: the matched queries", ax=ax)
+
+    def in_words(self) -> str:
+        """What the still picture shows."""
+        return "An explorable figure: the boxes of the matched queries in a scene before and after a training."

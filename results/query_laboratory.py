@@ -14,13 +14,15 @@ from torch import nn
 
 from detr_nb.data import MemoryDataset
 from detr_nb.evaluation import coco_evaluate
+from detr_nb.explorables import record_film
 from detr_nb.insight import Filmed, count_repeats, drop_repeats, matched_queries, only_layer, predict_layers
 from detr_nb.model import DETR, ObjectQueries, detr_tiny, postprocess
 from detr_nb.notation import Memory, Queries
 from detr_nb.shapes import DEFAULT
 from detr_nb.training import ShapesData, TinyModel, TrainConfig, fit
 
-STEPS, COPIES = 600, 12
+STEPS, COPIES = 600, 20
+SCENE, SHOWN = 13, "16 queries"  # what appendix 91 shows
 
 
 class ContentQueries(ObjectQueries):
@@ -110,11 +112,12 @@ def make(name: str) -> dict[str, object]:
     run = fit(replace(config, model=camera))
     val = config.data.series(config.data.val_images, seed=2)
     film = {**camera.film, run.step: {key: value.clone() for key, value in run.model.state_dict().items()}}
-    few = MemoryDataset(val.images[:200], val.targets[:200], val.names, val.category_ids)
+    few = MemoryDataset(val.images[:100], val.targets[:100], val.names, val.category_ids)
     return {
         "seed": config.seed, "config": asdict(config), "steps": run.step, "seconds": round(run.seconds, 1),
         "milliseconds_per_step": round(1000 * run.seconds / run.step, 1), "metrics": judge(run.model, val),
         "instability": instability(run.model, film, few),
+        **({"film": record_film(run.model, film, *val[SCENE])} if name == SHOWN else {}),
     }
 
 

@@ -35,7 +35,7 @@ STATIC = ROOT / "detr_nb" / "static"
 HTML = ROOT / "book" / "_build" / "html"
 PAGE = "nbs/91_explorables.html"
 NODE = shutil.which("node")
-FIGURES = ("two_boxes", "matching", "addressing", "layers", "attending", "gazing")
+FIGURES = ("two_boxes", "matching", "addressing", "layers", "attending", "gazing", "filming")
 
 if os.environ.get("CI") != "true":
     pytest.importorskip("anywidget", reason="the explorables need anywidget: pip install 'detr-nb[book]'")
@@ -220,6 +220,13 @@ def test_nothing_else_of_the_library_needs_the_explorables():
         assert not any("explorables" in name for name in names), path.name
 
 
+def film_of(model, image, target) -> dict:
+    """Two copies: the model as it is, and with its queries in another order."""
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    turned = {**weights, "queries.embedding.weight": weights["queries.embedding.weight"].roll(1, 0)}
+    return explorables.record_film(model, {0: turned, 50: weights}, image, target)
+
+
 @functools.cache
 def figures() -> dict[str, object]:
     model, scenes = detr_tiny(pretrained=True), Scenes(DEFAULT, 20, seed=123)
@@ -228,6 +235,7 @@ def figures() -> dict[str, object]:
         "attending": explorables.Attention(),
         "layers": explorables.Layers(scenes=[explorables.record_scene(model, *scenes[13])], names=model.names),
         "gazing": explorables.Gaze(record=explorables.record_gaze(model, scenes[16][0]), names=model.names),
+        "filming": explorables.Film(record=film_of(model, *scenes[16]), names=model.names),
     }
 
 
@@ -237,6 +245,19 @@ def test_a_figure_carries_a_picture_and_words(name):
     assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG") and len(data["image/png"]) < 400_000
     assert metadata["image/png"]["alt"] == data["text/plain"] and len(data["text/plain"]) > 40
     assert "application/vnd.jupyter.widget-view+json" in data
+
+
+def test_a_film_says_who_is_matched_at_each_copy():
+    """Queries in another order answer in another order, so every object changes its query by one place."""
+    model, (image, target) = detr_tiny(pretrained=True), Scenes(DEFAULT, 20, seed=123)[16]
+    first, second = film_of(model, image, target)["frames"]
+    assert (first["step"], second["step"]) == (0, 50) and len(first["matched"]) == len(target["labels"])
+    assert [(query + 1) % 16 for query in second["matched"]] == first["matched"]
+    with torch.no_grad():
+        out = model(model.preprocess(image)[None])
+    ((queries, ids),) = HungarianMatcher()(out, [target])[-1]
+    assert [second["matched"][i] for i in ids.tolist()] == queries.tolist()
+    assert len(json.dumps(second)) < 2000
 
 
 def test_a_record_says_what_the_model_says_and_is_small():
@@ -413,6 +434,22 @@ def test_heads_and_gaze_answer(browser):
     assert words(page, 4).startswith("One head: row 2, column 1")
     page.evaluate(click.format(5, 0, 0))
     assert words(page, 5).startswith("The cell in row 8, column 8")
+    page.close()
+
+
+@pytest.mark.slow
+def test_a_film_can_be_wound_and_a_query_followed(browser):
+    page = opened(browser)
+    figure = "document.querySelectorAll('.xp')[6]"
+    assert re.match(r"Step \d+: \d+ of \d+ objects have another query than at step \d+; ", words(page, 6))
+    page.evaluate(figure + ".querySelector('input[type=range]').focus()")
+    before = words(page, 6)
+    page.press("ArrowRight")
+    assert words(page, 6) != before
+    assert page.evaluate(figure + ".querySelector('.xp-trail').getAttribute('points')") == ""
+    page.evaluate(figure + ".querySelectorAll('input[type=range]')[1].focus()")
+    page.press("ArrowRight")
+    assert len(page.evaluate(figure + ".querySelector('.xp-trail').getAttribute('points')").split()) > 2
     page.close()
 
 
