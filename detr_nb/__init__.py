@@ -21,6 +21,7 @@ _PUBLIC = {
     "detr_resnet50": "model",
     "detr_resnet50_dc5": "model",
     "detr_tiny": "model",
+    "diagnose": "clinic",
     "download_bccd": "downloads",
     "download_coco": "downloads",
     "evaluate": "evaluation",

@@ -389,3 +389,23 @@ def test_the_wheel_holds_the_package_and_asks_for_no_development_tool(tmp_path):
     required = re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra ==)", metadata, re.M)
     assert {"torch", "torchvision", "pycocotools"} <= set(required)
     assert not {tool for tool in required if re.search("nbdev|jupyter|fastcore|execnb|ipykernel|sphinx", tool)}
+
+
+# --- pages at the back --------------------------------------------------------------------------------------------
+def test_the_reference_has_every_module_and_every_public_name():
+    text = (ROOT / "book" / "reference.md").read_text("utf8")
+    assert sorted(re.findall(r"automodule:: detr_nb\.(\w+)", text)) == sorted(MODULES)
+    rows = re.findall(r"^\| (`.+`) \| `(\w+)` \|$", text, re.M)
+    assert {name: module for names, module in rows for name in re.findall(r"`(\w+)`", names)} == detr_nb._PUBLIC
+
+
+def test_the_glossary_is_in_order_and_names_chapters_that_use_its_words():
+    rows = re.findall(r'^\| (.+) \| <span lang="zh-Hans">(.+)</span> \| .+ \| \[.+\]\(\.\./(nbs/.+)\) \|$',
+                      (ROOT / "book" / "glossary.md").read_text("utf8"), re.M)
+    words = [word for word, _, _ in rows]
+    assert len(rows) > 50 and words == sorted(words, key=str.lower)
+    for word, chinese, file in rows:
+        assert re.search(r"[\u4e00-\u9fff]", chinese), word
+        text = (ROOT / f"{file}.ipynb").read_text("utf8").lower()
+        stems = [part.strip().lower()[:6] for part in re.split(r"[,(]", word)]
+        assert any(stem in text for stem in stems), f"{file} does not speak of {word}"

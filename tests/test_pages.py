@@ -1,0 +1,131 @@
+"""Every page of the built book in a real browser: wide and on a phone, light and dark, by rules of accessibility."""
+
+import os
+import re
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import yaml
+from browser import CHROMIUM, Browser
+
+ROOT = Path(__file__).resolve().parents[1]
+HTML = ROOT / "book" / "_build" / "html"
+PICTURES = ROOT / "book" / "_build" / "screenshots"
+SIZES = {"wide": (1200, 900), "phone": (390, 844)}
+# requirejs, of the theme's own widgets manager, says this where a page has no widget.
+KNOWN = ("favicon.ico",)
+
+pytestmark = pytest.mark.slow
+
+
+def listed() -> list[str]:
+    toc = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text("utf8"))
+    return [toc["root"], *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"])]
+
+
+def need(present, reason: str) -> None:
+    """Skip for a reader, fail where everything should be at hand."""
+    if not present:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    need(HTML.exists(), "the book is not built: `make book`")
+    need(CHROMIUM, "no chromium to look at the pages with")
+    browser = Browser(tmp_path_factory.mktemp("chromium"))
+    yield browser
+    browser.close()
+
+
+def show(page, size: str, dark: bool) -> None:
+    """The same page at another size and in another light."""
+    width, height = SIZES[size]
+    page.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+    scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+    page.ask("Emulation.setEmulatedMedia", features=[scheme])
+    page.rest(0.15)
+
+
+BROKEN = "[...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)"
+TOO_WIDE = """(() => {
+  if (document.documentElement.scrollWidth <= innerWidth + 1) return [];
+  const held = e => { for (let p = e.parentElement; p; p = p.parentElement)
+    if (['auto', 'scroll', 'hidden', 'clip'].includes(getComputedStyle(p).overflowX)) return true; return false };
+  const wide = [...document.querySelectorAll('article *')].filter(
+    e => e.getBoundingClientRect().right > innerWidth + 1 && !held(e));
+  return [document.documentElement.scrollWidth, ...wide.slice(0, 5).map(e => e.outerHTML.slice(0, 120))] })()"""
+HEADINGS = "[...document.querySelectorAll('article :is(h1, h2, h3, h4, h5)')].map(h => [+h.tagName[1], h.textContent])"
+# What the theme itself does is its authors' business; the article is ours.
+AXE = """axe.run({ include: ['article'] }, { runOnly: ['wcag2a', 'wcag2aa'], resultTypes: ['violations'] })
+  .then(found => found.violations.filter(one => ['serious', 'critical'].includes(one.impact)).map(
+    one => [one.id, one.nodes.length, one.nodes.slice(0, 3).map(node => node.html.slice(0, 200))]))"""
+
+
+@pytest.mark.parametrize("name", listed())
+def test_a_page_is_sound_wide_and_on_a_phone_light_and_dark(browser, name):
+    page = browser.page((HTML / f"{name}.html").as_uri())
+    page.rest(0.4)
+    PICTURES.mkdir(exist_ok=True)
+    found = {}
+    for size, dark in (("wide", False), ("wide", True), ("phone", True), ("phone", False)):
+        show(page, size, dark)
+        assert page.evaluate("document.documentElement.dataset.theme") == ("dark" if dark else "light")
+        if wide := page.evaluate(TOO_WIDE):
+            found[f"too wide, {size}"] = wide
+        page.picture(PICTURES / f"{name.replace('/', '_')}_{size}_{'dark' if dark else 'light'}.png")
+    found["broken pictures"] = page.evaluate(BROKEN)
+    found["formulas"] = page.evaluate("document.querySelectorAll('mjx-merror, [data-mjx-error]').length")
+    found["errors"] = [error for error in page.errors if not any(known in error for known in KNOWN)]
+    found["foreign"] = [url for url in page.fetched if not url.startswith((HTML.as_uri(), "data:", "blob:"))]
+    page.close()
+    assert {what: value for what, value in found.items() if value} == {}
+
+
+@pytest.mark.parametrize("name", listed())
+def test_headings_are_in_order(browser, name):
+    page = browser.page((HTML / f"{name}.html").as_uri(), scripts=False)
+    page.ask("Emulation.setScriptExecutionDisabled", value=False)
+    levels = page.evaluate(HEADINGS)
+    page.close()
+    assert [level for level, _ in levels].count(1) == 1 and levels[0][0] == 1
+    skipped = [second for (one, _), (two, second) in zip(levels, levels[1:], strict=False) if two > one + 1]
+    assert skipped == []
+
+
+@pytest.mark.parametrize("name", listed())
+def test_a_page_has_no_serious_violation_of_accessibility(browser, name):
+    axe = files(pytest.importorskip("axe_playwright_python")) / "axe.min.js"
+    page = browser.page((HTML / f"{name}.html").as_uri())
+    page.rest(0.3)
+    page.evaluate(axe.read_text("utf8") + "; 0")
+    violations = {}
+    for dark in (False, True):
+        show(page, "wide", dark)
+        violations["dark" if dark else "light"] = page.evaluate(AXE)
+    page.close()
+    assert violations == {"light": [], "dark": []}
+
+
+def test_the_search_finds_a_term(browser):
+    page = browser.page((HTML / "search.html").as_uri() + "?q=bipartite")
+    page.wait("document.querySelectorAll('#search-results li a').length > 0")
+    hits = page.evaluate("[...document.querySelectorAll('#search-results li a')].map(a => a.getAttribute('href'))")
+    page.close()
+    assert any("09_matcher" in hit for hit in hits)
+
+
+@pytest.mark.parametrize("name", listed())
+def test_links_lead_somewhere(name):
+    need(HTML.exists(), "the book is not built: `make book`")
+    file = HTML / f"{name}.html"
+    text, lost = file.read_text("utf8"), []
+    for address in re.findall(r'<a [^>]*href="([^"]+)"', text[text.index("<article"):text.rindex("</article>")]):
+        place, _, part = address.partition("#")
+        if re.match(r"[a-z]+:", address):
+            continue
+        goal = (file.parent / place).resolve() if place else file
+        if not goal.exists() or (part and goal.suffix == ".html" and f'id="{part}"' not in goal.read_text("utf8")):
+            lost.append(address)
+    assert lost == []
