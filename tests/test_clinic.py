@@ -77,13 +77,13 @@ def test_a_recorded_patient_gets_its_name_first_and_a_healthy_one_none(row):
     if row["name"].startswith("healthy"):
         assert found == []
     else:
-        assert found[0] == row["name"]
+        assert row["name"].startswith(found[0])
 
 
 @pytest.mark.parametrize("row", RECORD, ids=lambda row: row["name"])
 def test_a_rule_without_its_illness_is_silent_on_all_others(row):
     """Beside the name itself only consequences may be named: too little learned, or learned by heart."""
-    others = {finding.name for finding in findings(row["seen"])} - {row["name"]}
+    others = {finding.name for finding in findings(row["seen"]) if not row["name"].startswith(finding.name)}
     assert others <= {"stopped too early"}
 
 
