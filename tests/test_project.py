@@ -3,6 +3,7 @@
 import ast
 import configparser
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -409,3 +410,54 @@ def test_the_glossary_is_in_order_and_names_chapters_that_use_its_words():
         text = (ROOT / f"{file}.ipynb").read_text("utf8").lower()
         stems = [part.strip().lower()[:6] for part in re.split(r"[,(]", word)]
         assert any(stem in text for stem in stems), f"{file} does not speak of {word}"
+
+
+# --- in Colab -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_a_notebook_can_fetch_what_it_needs(path):
+    """Before the first import there is a cell that fetches the book where the library is missing."""
+    sources = code_cells(read(path))
+    place = next(i for i, source in enumerate(sources) if 'find_spec("detr_nb")' in source)
+    assert all("import" not in source.replace("default_exp", "") for source in sources[:place])
+    home = settings()
+    assert f"git clone --quiet --depth 1 https://github.com/{home['user']}/{home['repo']}\n" in sources[place]
+    assert sources[place].endswith(f"%cd -q {home['repo']}/{path.parent.relative_to(ROOT).as_posix()}")
+    assert directives(sources[place]) == ["include: false"]
+
+
+INSTALLED = """
+from IPython.core.interactiveshell import InteractiveShell
+
+shell = InteractiveShell.instance()
+for cell in {cells!r}:
+    shell.run_cell(cell).raise_error()
+"""
+
+
+@pytest.mark.slow
+def test_the_install_cell_works_in_a_clean_environment(tmp_path):
+    """The published cell, word by word, in a fresh environment; git is told to find the address in this tree."""
+    tree, home = tmp_path / "tree", settings()
+    left_out = shutil.ignore_patterns(".*", "_build", "runs", "*.egg-info", "__pycache__", "build")
+    shutil.copytree(ROOT, tree, ignore=left_out)
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost", "-C", str(tree)]
+    for words in (["init", "--quiet"], ["add", "-A"], ["commit", "--quiet", "-m", "the tree"]):
+        subprocess.run([*git, *words], check=True)
+    python = tmp_path / "clean" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "clean")], check=True)
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "-c", str(ROOT / "constraints.txt"), "ipython", "pip"], check=True)
+    sources = code_cells(read(ROOT / "nbs" / "experiments" / "08_how_much_data.ipynb"))
+    cells = [sources[0], "import os; print(os.path.basename(os.getcwd()))", *sources[1:6]]
+    environment = {
+        "PATH": f"{python.parent}:/usr/bin:/bin", "HOME": str(tmp_path), "MPLBACKEND": "agg",
+        "PIP_CONSTRAINT": str(ROOT / "constraints.txt"), "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"url.{tree.as_uri()}.insteadOf",
+        "GIT_CONFIG_VALUE_0": f"https://github.com/{home['user']}/{home['repo']}",
+    }
+    kept = {name: value for name, value in os.environ.items() if name.startswith("PIP_") or name.endswith("_proxy")}
+    (tmp_path / "content").mkdir()
+    result = subprocess.run([str(python), "-c", INSTALLED.format(cells=cells)], cwd=tmp_path / "content", text=True,
+                            capture_output=True, env=kept | environment, timeout=900)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert "experiments\n" in result.stdout and "runs, " in result.stdout
