@@ -66,8 +66,8 @@ class Browser:
             self.listeners[message["sessionId"]](message["method"], message["params"])
         return message
 
-    def ask(self, method: str, session: str | None = None, **parameters) -> dict:
-        number, end = self.send(method, session, **parameters), time.time() + 60
+    def ask(self, method: str, session: str | None = None, seconds: float = 60, **parameters) -> dict:
+        number, end = self.send(method, session, **parameters), time.time() + seconds
         while time.time() < end:
             message = self.receive(end - time.time())
             if message and message.get("id") == number:
@@ -121,9 +121,9 @@ class Page:
     def close(self) -> None:
         self.browser.ask("Target.closeTarget", targetId=self.target)
 
-    def evaluate(self, script: str):
+    def evaluate(self, script: str, seconds: float = 60):
         """The value of a JavaScript expression."""
-        reply = self.ask("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        reply = self.ask("Runtime.evaluate", seconds=seconds, expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in reply, reply["exceptionDetails"]
         return reply["result"].get("value")
 
