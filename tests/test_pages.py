@@ -39,6 +39,16 @@ def browser(tmp_path_factory):
     browser.close()
 
 
+@pytest.fixture(scope="module", params=listed())
+def page(browser, request):
+    """One page, opened once for all tests that look at it."""
+    page = browser.page((HTML / f"{request.param}.html").as_uri())
+    page.name = request.param
+    page.rest(0.4)
+    yield page
+    page.close()
+
+
 def show(page, size: str, dark: bool) -> None:
     """The same page at another size and in another light."""
     width, height = SIZES[size]
@@ -66,47 +76,36 @@ AXE = """axe.run({ include: ['article'] }, { runOnly: ['wcag2a', 'wcag2aa'], res
     one => [one.id, one.nodes.length, one.nodes.slice(0, 3).map(node => node.html.slice(0, 200))]))"""
 
 
-@pytest.mark.parametrize("name", listed())
-def test_a_page_is_sound_wide_and_on_a_phone_light_and_dark(browser, name):
-    page = browser.page((HTML / f"{name}.html").as_uri())
-    page.rest(0.4)
+def test_a_page_is_sound_wide_and_on_a_phone_light_and_dark(page):
     PICTURES.mkdir(exist_ok=True)
     found = {}
     for size, dark in (("wide", False), ("wide", True), ("phone", True), ("phone", False)):
         show(page, size, dark)
         if wide := page.evaluate(TOO_WIDE):
             found[f"too wide, {size}"] = wide
-        page.picture(PICTURES / f"{name.replace('/', '_')}_{size}_{'dark' if dark else 'light'}.png")
+        page.picture(PICTURES / f"{page.name.replace('/', '_')}_{size}_{'dark' if dark else 'light'}.png")
     found["broken pictures"] = page.evaluate(BROKEN)
     found["formulas"] = page.evaluate("document.querySelectorAll('mjx-merror, [data-mjx-error]').length")
     found["errors"] = [error for error in page.errors if not any(known in error for known in KNOWN)]
     found["foreign"] = [url for url in page.fetched if not url.startswith((HTML.as_uri(), "data:", "blob:"))]
-    page.close()
     assert {what: value for what, value in found.items() if value} == {}
 
 
-@pytest.mark.parametrize("name", listed())
-def test_headings_are_in_order(browser, name):
-    page = browser.page((HTML / f"{name}.html").as_uri(), scripts=False)
-    page.ask("Emulation.setScriptExecutionDisabled", value=False)
+def test_headings_are_in_order(page):
     levels = page.evaluate(HEADINGS)
-    page.close()
     assert [level for level, _ in levels].count(1) == 1 and levels[0][0] == 1
     skipped = [second for (one, _), (two, second) in zip(levels, levels[1:], strict=False) if two > one + 1]
     assert skipped == []
 
 
-@pytest.mark.parametrize("name", listed())
-def test_a_page_has_no_serious_violation_of_accessibility(browser, name):
+def test_a_page_has_no_serious_violation_of_accessibility(page):
     axe = files(pytest.importorskip("axe_playwright_python")) / "axe.min.js"
-    page = browser.page((HTML / f"{name}.html").as_uri())
-    page.rest(0.3)
     page.evaluate(axe.read_text("utf8") + "; 0")
-    violations, asked = {}, AXE.replace("RULES", "{ 'color-contrast': { enabled: false } }" if name in LONG else "{}")
+    asked = AXE.replace("RULES", "{ 'color-contrast': { enabled: false } }" if page.name in LONG else "{}")
+    violations = {}
     for dark in (False, True):
         show(page, "wide", dark)
         violations["dark" if dark else "light"] = page.evaluate(asked)
-    page.close()
     assert violations == {"light": [], "dark": []}
 
 
