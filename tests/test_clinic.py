@@ -224,7 +224,7 @@ def test_a_run_that_made_no_step_can_be_examined():
 def test_the_attendant_speaks_once_and_only_if_ap_stays_at_zero():
     said = []
     fit(replace(CONFIG, steps=8, evaluations=8, ema=0), watch=Attendant(said.append))
-    assert len(said) == 1 and said[0].startswith("step 4: AP is 0.000. Likely causes:\n- ")
+    assert len(said) == 1 and said[0].startswith("step 4: AP is 0.000. Likely causes:\n")
 
     class Good:
         history, progress, step = [{"metrics": {"AP": 0.3}}], 1.0, 3
