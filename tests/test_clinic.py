@@ -226,14 +226,11 @@ def test_the_attendant_speaks_once_and_only_if_ap_stays_at_zero():
     fit(replace(CONFIG, steps=8, evaluations=8, ema=0), watch=Attendant(said.append))
     assert len(said) == 1 and said[0].startswith("step 4: AP is 0.000. Likely causes:\n")
 
-    class Good:
-        history, progress, step = [{"metrics": {"AP": 0.3}}], 1.0, 3
-
-    Attendant(said.append)(Good)
-    Good.history = [{"metrics": {"AP": math.nan}}]
-    Attendant(said.append)(Good)
-    Good.history = [{"total": 1.0}]
-    Attendant(said.append)(Good)
+    run = start(CONFIG, CONFIG.data.load()[0])
+    run.step = CONFIG.steps
+    for row in ({"metrics": {"AP": 0.3}}, {"metrics": {"AP": math.nan}}, {"total": 1.0}):
+        run.history = [row]
+        Attendant(said.append)(run)
     assert len(said) == 1
 
 
