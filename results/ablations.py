@@ -9,7 +9,7 @@ Two runs go side by side, a core each, of about two minutes; memory stays under 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
-from legs import ROOT, run_missing
+from side_by_side import ROOT, run_missing
 from torch import Tensor, nn
 
 from detr_nb.model import DETR, detr_tiny
@@ -29,6 +29,14 @@ class Skip(nn.Module):
         return x
 
 
+class WithoutPositions(nn.Module):
+    """A memory whose positions are zero."""
+
+    def forward(self, memory: Memory) -> Memory:
+        """Everything else stays."""
+        return memory._replace(pos=memory.pos * 0)
+
+
 class Blind(nn.Module):
     """A part that gets the memory without positions; what it returns has them again.
 
@@ -42,23 +50,7 @@ class Blind(nn.Module):
 
     def forward(self, memory: Memory) -> Memory:
         """The part's memory, with the positions that came in."""
-        return self.part(memory._replace(pos=memory.pos * 0))._replace(pos=memory.pos)
-
-
-class Forgetful(nn.Module):
-    """An encoder whose memory has lost its positions when the decoder looks.
-
-    Args:
-        encoder: maps a memory to a memory.
-    """
-
-    def __init__(self, encoder: nn.Module):
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, memory: Memory) -> Memory:
-        """The encoder's memory without positions."""
-        return self.encoder(memory)._replace(pos=memory.pos * 0)
+        return self.part(WithoutPositions()(memory))._replace(pos=memory.pos)
 
 
 class AddedOnce(nn.Module):
@@ -119,12 +111,12 @@ def blind_encoder(model: DETR) -> None:
 
 def blind_decoder(model: DETR) -> None:
     """No positions of cells in the decoder."""
-    model.encoder = Forgetful(model.encoder)
+    model.encoder = nn.Sequential(model.encoder, WithoutPositions())
 
 
 def no_positions(model: DETR) -> None:
     """No positions of cells at all; queries get theirs once."""
-    model.encoder = Forgetful(Blind(model.encoder))
+    model.encoder = nn.Sequential(WithoutPositions(), model.encoder)
     queries_at_the_input(model)
 
 

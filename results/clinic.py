@@ -8,7 +8,7 @@ Two runs go side by side, a core each, of about a minute and a half; memory stay
 """
 from dataclasses import asdict
 
-from legs import ROOT, run_missing
+from side_by_side import ROOT, run_missing
 
 from detr_nb.clinic import PATIENTS, examine
 from detr_nb.training import fit

@@ -7,7 +7,7 @@ Two runs go side by side, a core each; the longest takes some five minutes, and 
 """
 from dataclasses import asdict, dataclass
 
-from legs import ROOT, run_missing
+from side_by_side import ROOT, run_missing
 
 from detr_nb.data import MemoryDataset, MemoryLoader
 from detr_nb.evaluation import evaluate

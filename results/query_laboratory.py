@@ -9,7 +9,7 @@ minutes; memory stays under 3 GB.
 """
 from dataclasses import asdict, dataclass, replace
 
-from legs import ROOT, run_missing
+from side_by_side import ROOT, run_missing
 from torch import nn
 
 from detr_nb.data import MemoryDataset

@@ -1,36 +1,13 @@
-"""The built book: every page is there, needs no network, describes its pictures and shows its formulas."""
+"""The built book: every page is there, needs no network, and describes its pictures."""
 
-import os
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import yaml
-
-ROOT = Path(__file__).resolve().parents[1]
-HTML = ROOT / "book" / "_build" / "html"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update", "--allow-file-access-from-files"),
-    *("--virtual-time-budget=20000", "--host-resolver-rules=MAP * ~NOTFOUND"),
-]
+from built import HTML, listed, need
 
 pytestmark = pytest.mark.slow
-
-
-def listed() -> list[str]:
-    toc = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text("utf8"))
-    return [toc["root"], *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"])]
-
-
-def need(present, reason: str) -> None:
-    """Skip for a reader, fail where everything should be at hand."""
-    if not present:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
 
 
 class Page(HTMLParser):
@@ -72,17 +49,6 @@ def test_a_page_loads_nothing_from_elsewhere(page):
 def test_every_picture_says_what_it_shows(page):
     silent = [source for source, alt in Page(page.read_text("utf8")).pictures if not alt or alt == source]
     assert not silent, "give each a text: detr_nb.plots does, and `#| fig-alt: ...` does"
-
-
-def test_the_formulas_of_a_page_are_sound(page, tmp_path):
-    if 'class="math' not in page.read_text("utf8"):
-        return
-    need(CHROMIUM, "no chromium to typeset the formulas with")
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path}", "--dump-dom", page.as_uri()]
-    text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-    assert "mjx-container" in text, "MathJax did not run"
-    assert re.findall(r'data-mjx-error="([^"]*)"', text) == []
-    assert re.findall(r'<g data-mml-node="mtext"[^>]*fill="red"[^>]*>', text) == [], "an unknown TeX command"
 
 
 def test_the_front_door_leads_to_the_front_page():

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from browser import CHROMIUM, Browser
+from built import HTML, need
 from scipy.optimize import linear_sum_assignment
 from torch.testing import assert_close
 from torchvision.ops import batched_nms
@@ -32,7 +33,6 @@ from detr_nb.shapes import DEFAULT, Scenes
 
 ROOT = Path(__file__).resolve().parents[1]
 STATIC = ROOT / "detr_nb" / "static"
-HTML = ROOT / "book" / "_build" / "html"
 PAGE = "nbs/91_explorables.html"
 NODE = shutil.which("node")
 FIGURES = ("two_boxes", "matching", "addressing", "layers", "attending", "gazing", "filming")
@@ -40,12 +40,6 @@ FIGURES = ("two_boxes", "matching", "addressing", "layers", "attending", "gazing
 if os.environ.get("CI") != "true":
     pytest.importorskip("anywidget", reason="the explorables need anywidget: pip install 'detr-nb[book]'")
 from detr_nb import explorables  # noqa: E402
-
-
-def need(present, reason: str) -> None:
-    """Skip for a reader, fail where everything should be at hand."""
-    if not present:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
 
 
 def run_node(script: str, data=None):

@@ -1,34 +1,19 @@
 """Every page of the built book in a real browser: wide and on a phone, light and dark, by rules of accessibility."""
 
-import os
 import re
 from importlib.resources import files
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
-import yaml
 from browser import CHROMIUM, Browser
+from built import HTML, listed, need
 
-ROOT = Path(__file__).resolve().parents[1]
-HTML = ROOT / "book" / "_build" / "html"
-PICTURES = ROOT / "book" / "_build" / "screenshots"
+PICTURES = HTML.parent / "screenshots"
 SIZES = {"wide": (1200, 900), "phone": (390, 844)}
 # The theme says the first on a first visit; every browser asks for the second.
 KNOWN = ("Got invalid theme mode: . Resetting to auto.", "favicon.ico")
 
 pytestmark = pytest.mark.slow
-
-
-def listed() -> list[str]:
-    toc = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text("utf8"))
-    return [toc["root"], *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"])]
-
-
-def need(present, reason: str) -> None:
-    """Skip for a reader, fail where everything should be at hand."""
-    if not present:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +30,7 @@ def page(browser, request):
     """One page, opened once for all tests that look at it."""
     page = browser.page((HTML / f"{request.param}.html").as_uri())
     page.name = request.param
+    page.wait("!document.querySelector('.math') || !window.MathJax || !!document.querySelector('mjx-container')")
     page.rest(0.4)
     yield page
     page.close()
@@ -60,6 +46,10 @@ def show(page, size: str, dark: bool) -> None:
     page.rest(0.15)
 
 
+# A formula that TeX does not know, an unknown command (red letters), or a page of formulas that were not typeset.
+FORMULAS = """[...document.querySelectorAll('[data-mjx-error], g[data-mml-node="mtext"][fill="red"]')].map(e =>
+  e.dataset.mjxError || e.textContent).concat(
+    document.querySelector('.math') && !document.querySelector('mjx-container') ? ['not typeset'] : [])"""
 BROKEN = "[...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)"
 TOO_WIDE = """(() => {
   if (document.documentElement.scrollWidth <= innerWidth + 1) return [];
@@ -88,7 +78,7 @@ def test_a_page_is_sound_wide_and_on_a_phone_light_and_dark(page):
             found[f"too wide, {size}"] = wide
         page.picture(PICTURES / f"{page.name.replace('/', '_')}_{size}_{'dark' if dark else 'light'}.png")
     found["broken pictures"] = page.evaluate(BROKEN)
-    found["formulas"] = page.evaluate("document.querySelectorAll('mjx-merror, [data-mjx-error]').length")
+    found["formulas"] = page.evaluate(FORMULAS)
     found["errors"] = [error for error in page.errors if not any(known in error for known in KNOWN)]
     found["foreign"] = [url for url in page.fetched if not url.startswith((HTML.as_uri(), "data:", "blob:"))]
     assert {what: value for what, value in found.items() if value} == {}
