@@ -583,7 +583,14 @@ class Attendant:
         ap = run.history[-1].get("metrics", {}).get("AP", 1.0)
         if ap < 0.01 and run.progress >= 0.5 and not self.told:
             self.told = True
-            self.show(f"step {run.step}: AP is {ap:.3f}. Likely causes:\n{prescription(diagnose(run))}")
+            self.show(f"step {run.step}: AP is {ap:.3f}. Likely causes:\n{self.examined(run)}")
+
+    def examined(self, run: Run) -> str:
+        """The findings as text. An examination that fails says so, and must not end the training that it looks at."""
+        try:
+            return prescription(diagnose(run))
+        except Exception as error:  # data that are gone, a model of another kind
+            return f"- unknown: the run could not be examined ({type(error).__name__}: {error})"
 
 # %% ../nbs/16_clinic.ipynb #16c10040
 @dataclass(frozen=True)

@@ -42,7 +42,15 @@ def named_row(name: str, make: Callable[[str], dict]) -> dict:
     return {"name": name, "date": time.strftime("%Y-%m-%d"), **make(name)}
 
 
-def run_missing(names: list[str], make: Callable[[str], dict], file: Path, what: str, about: str) -> None:
+def say_ap(row: dict) -> str:
+    """A row of a file whose rows have `metrics`, for people."""
+    return f"AP {row['metrics']['AP']:.3f}  {row['seconds']:.0f} s"
+
+
+def run_missing(
+    names: list[str], make: Callable[[str], dict], file: Path, what: str, about: str,
+    say: Callable[[dict], str] = say_ap,
+) -> None:
     """Make the rows that a file lacks, each in a process of its own, and write the file after each.
 
     Args:
@@ -51,6 +59,7 @@ def run_missing(names: list[str], make: Callable[[str], dict], file: Path, what:
         file: where the rows go; the runner has the same name.
         what: one sentence on what is recorded.
         about: the help text.
+        say: what is printed of a row.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--names", nargs="*", default=names, choices=names, metavar="NAME", help="only these")
@@ -67,6 +76,4 @@ def run_missing(names: list[str], make: Callable[[str], dict], file: Path, what:
         for done in as_completed([pool.submit(named_row, name, make) for name in missing]):
             rows.append(done.result())
             write_rows(rows, names, file, what)
-            row = rows[-1]
-            print(f"{len(rows):3} of {len(names)}  {row['name']:40} AP {row['metrics']['AP']:.3f}  "
-                  f"{row['seconds']:.0f} s", flush=True)
+            print(f"{len(rows):3} of {len(names)}  {rows[-1]['name']:40} {say(rows[-1])}", flush=True)

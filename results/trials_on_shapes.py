@@ -6,23 +6,13 @@ Trials in trials_on_shapes.json are not run again. Each takes five to six minute
 changes a base at 22,400 images. The second starts from what had helped there and asks what pays in five minutes.
 What helped became the recipe of detr_nb.training afterwards.
 """
-import argparse
-import json
-import os
-import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from multiprocessing import get_context
-from pathlib import Path
 
-import torch
+from side_by_side import ROOT, run_missing
 
-from detr_nb.measuring import describe_machine
 from detr_nb.shapes import DEFAULT
 from detr_nb.training import ShapesData, TinyModel, TrainConfig, fit
 
-ROOT = Path(__file__).resolve().parents[1]
-FILE = ROOT / "results" / "trials_on_shapes.json"
 MODEL = TinyModel(
     num_queries=16, widths=(32, 64, 128), strides=(4, 8, 8), hidden_dim=128, nheads=4, enc_layers=1, dec_layers=3,
     dim_feedforward=256, dropout=0.0, pre_norm=True, temperature=20,
@@ -72,43 +62,15 @@ EQUAL_MINUTES = {
 TRIALS = EQUAL_IMAGES | EQUAL_MINUTES
 
 
-def run_trial(name: str) -> dict:
+def make(name: str) -> dict:
     """Train one trial and return its row."""
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
     run = fit(TRIALS[name])
     metrics = {key: round(run.metrics[key], 4) for key in ("AP", "AP50", "AP75", "AP_small", "AP_medium")}
-    about = {"name": name, "minutes": run.config.minutes, "date": time.strftime("%Y-%m-%d"), "steps": run.step}
+    about = {"minutes": run.config.minutes, "steps": run.step}
     return {**about, "milliseconds_per_step": round(1000 * run.seconds / run.step, 1), **metrics}
 
 
-def write(rows: list[dict]) -> None:
-    """Write all rows in the order of `TRIALS`."""
-    order = list(TRIALS)
-    record = {
-        "what": "one change of the recipe at a time, default setting, one seed, one thread, two trials side by side",
-        "command": "python results/trials_on_shapes.py --workers 2", "date": max(row["date"] for row in rows),
-        "machine": describe_machine(), "rows": sorted(rows, key=lambda row: order.index(row["name"])),
-    }
-    FILE.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def main() -> None:
-    """Run what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=2, help="trials side by side, one core each")
-    parser.add_argument("--names", nargs="*", default=list(TRIALS), help="only these trials", choices=list(TRIALS))
-    args = parser.parse_args()
-    os.chdir(ROOT)
-    torch.set_num_threads(1)
-    rows = json.loads(FILE.read_text())["rows"] if FILE.exists() else []
-    missing = [name for name in args.names if name not in {row["name"] for row in rows}]
-    with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(run_trial, name) for name in missing]):
-            rows.append(done.result())
-            write(rows)
-            print(done.result(), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    run_missing(list(TRIALS), make, ROOT / "results" / "trials_on_shapes.json",
+                "one change of the recipe at a time, default setting, one seed, one thread, two trials side by side",
+                __doc__, say=lambda row: f"AP {row['AP']:.3f}  {row['steps']} steps")

@@ -2,12 +2,12 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 import torch
-from small_runs import CONFIG
+from small_runs import CONFIG, Drawn
 from torch import nn
 
 from detr_nb.boxes import cxcywh_to_xyxy
@@ -232,6 +232,25 @@ def test_the_attendant_speaks_once_and_only_if_ap_stays_at_zero():
         run.history = [row]
         Attendant(said.append)(run)
     assert len(said) == 1
+
+
+def test_an_examination_that_fails_does_not_end_the_training():
+    @dataclass(frozen=True)
+    class Gone(Drawn):
+        """Scenes that can be loaded once."""
+
+        loads: list = field(default_factory=list)
+
+        def load(self):
+            """Fail from the second time on."""
+            self.loads.append(1)
+            if len(self.loads) > 1:
+                raise OSError("the disk is gone")
+            return super().load()
+
+    said = []
+    run = fit(replace(CONFIG, data=Gone(), steps=8, evaluations=8, ema=0), watch=Attendant(said.append))
+    assert run.step == 8 and len(said) == 1 and "could not be examined (OSError: the disk is gone)" in said[0]
 
 
 def test_a_prescription_is_for_people():
