@@ -26,9 +26,10 @@ export PYTHONUNBUFFERED := 1
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV MPLBACKEND
 
 say = @printf '\n==> %s\n' "$(1)"
+EXECUTE := $(BIN)/python tools/execute.py
 BOOK := $(BIN)/jupyter-book build . --config book/_config.yml --toc book/_toc.yml --path-output book -W --keep-going
 
-.PHONY: help env book test check lint export check-export outputs clean clean-book
+.PHONY: help env book pdf test check lint export check-export outputs clean clean-book
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -57,14 +58,20 @@ $(STAMP): pyproject.toml constraints.txt
 
 book: env ## execute the chapters that changed and build the book
 	$(call say,book: executing what changed; the first time takes a quarter of an hour on two cores)
+	@$(EXECUTE)
 	@$(BOOK)
 	@printf '\nThe book is ready. Open it in a browser: %s\n' "$(PAGE)"
+
+pdf: book ## print the book as one PDF (wants a Chromium)
+	$(call say,pdf: one page of all pages, printed)
+	@$(BIN)/python tools/pdf.py
 
 test: env ## everything: lint, export, every notebook in a clean build, tests
 	@$(MAKE) lint
 	@$(MAKE) check-export
 	@$(MAKE) clean-book
 	$(call say,book: clean build that executes every notebook once; a warning is an error)
+	@$(EXECUTE)
 	@$(BOOK)
 	$(call say,tests: pytest)
 	@$(BIN)/python -m pytest

@@ -208,7 +208,7 @@ class ResNet(nn.Module):
         strides: pixels from one cell to the next in each feature map.
         channels: channels of the last feature map.
 
-    Source: DETR, section 4 (technical details).
+    Source: DETR, section 4 (technical details); what stays frozen from the authors' code.
     """
 
     def __init__(

@@ -338,7 +338,7 @@ def hugging_face(backbone: str, dropout: Number = 0.1) -> Peer:
 
     Args:
         backbone: resnet18 or resnet50.
-        dropout: of attention and inside the feed-forward net; 0.1 in the paper, 0 in their configuration.
+        dropout: of attention and inside the feed-forward net; 0.1 in the authors' program, 0 in their configuration.
 
     Raises:
         MissingPeerError: if transformers is not installed.

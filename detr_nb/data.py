@@ -728,7 +728,7 @@ def train_transform(
         before_crop: lengths of the short side before the crop, pixels.
         flip: probability of the horizontal flip.
 
-    Source: Carion et al. 2020, section 4, technical details; sizes before the crop from the authors' code.
+    Source: Carion et al. 2020, section 4, technical details; flip, crop and sizes before it from the authors' code.
     """
     resize = ShortSide(short_sides, longest)
     if crop is None:

@@ -708,7 +708,7 @@ def learned_grid(
 
 # %% ../nbs/08_model.ipynb #aa053b55
 class DETRDemo(nn.Module):
-    """The demonstration model of the paper (DETR, appendix A.6): what can be left out is left out.
+    """The demonstration model of the paper (DETR, appendix A.6; features times 0.1 as in the authors' notebook).
 
     The original takes one image at a time, this one batches of images of equal size. `names`, `category_ids`,
     `preprocess` and `threshold` are as in `DETR`.

@@ -52,8 +52,9 @@ def check_exercise(check: Callable[..., object], *arguments: object) -> None:
     except NotImplementedError:
         print("open: write your answer, run its cell, and then this one again")
     except Exception as error:
-        line = traceback.extract_tb(error.__traceback__)[1].line or "the check"
-        print(f"not yet: {type(error).__name__} {error}\n    at: {line}")
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.line for frame in frames if frame.name == getattr(check, "__name__", "")]
+        print(f"not yet: {type(error).__name__} {error}\n    at: {lines[-1] if lines else 'the check'}")
     else:
         print("right")
 

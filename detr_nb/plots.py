@@ -7,13 +7,14 @@ __all__ = ['PALETTE', 'IMAGENET_MEAN', 'IMAGENET_STD', 'LEVELS', 'STYLE', 'Numbe
            'styled', 'as_array', 'axes_grid', 'one_axes', 'as_picture', 'draw_box', 'caption', 'show_image',
            'show_images', 'show_boxes', 'colour_range', 'write_numbers', 'name_ticks', 'heatmap', 'heatmaps',
            'show_weights', 'mark_places', 'finish', 'curves', 'live_curves', 'scatter', 'bars', 'Picture', 'svg_box',
-           'svg_arrow', 'pipeline']
+           'svg_arrow', 'draw_pipeline', 'pipeline']
 
 # %% ../nbs/90_plots.ipynb #98571092
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -400,11 +401,15 @@ PLACES = {  # noun: number, what it answers, column, row
     "boxes": ("03", "formats, overlap", 4, 0), "matcher": ("09", "who finds what", 4, 1),
     "plots": ("90", "pictures of all", 5, 0), "losses": ("10", "how wrong", 5, 1),
     "evaluation": ("11", "how good", 6, 0), "training": ("12", "learn from it", 6, 1),
+    "insight": ("13", "look inside", 2, 2), "pretrained": ("14", "weights in, out", 3, 2),
+    "cli": ("18", "from a terminal", 4, 2), "bench": ("17", "time, memory", 5, 2),
+    "clinic": ("16", "what is wrong", 6, 2),
 }
 ARROWS = (
     ("shapes", "data"), ("data", "backbone"), ("backbone", "transformer"), ("transformer", "model"),
     ("model", "matcher"), ("matcher", "losses"), ("losses", "training"), ("training", "evaluation"),
     ("positions", "attention"), ("attention", "transformer"), ("boxes", "matcher"),
+    ("transformer", "insight"), ("model", "pretrained"), ("pretrained", "cli"), ("training", "clinic"),
 )
 PITCH, BOX = (114, 64), (100, 42)  # from box to box, and of a box: (right, down), pixels
 
@@ -423,16 +428,17 @@ class Picture:
         return self.text
 
 # %% ../nbs/90_plots.ipynb #67606d55
-def svg_box(noun: str, lit: bool) -> str:
-    """The box of one chapter: its number and noun, and what it answers."""
+def svg_box(noun: str, lit: bool, link: str = "") -> str:
+    """The box of one chapter: its number and noun, and what it answers; the box leads to `link` if there is one."""
     number, answers, column, row = PLACES[noun]
     (width, height), x, y = BOX, 8 + PITCH[0] * column, 8 + PITCH[1] * row
     fill, ink = ("#0072B2", "#ffffff") if lit else ("#ffffff", "#24292f")
-    return (
+    box = (
         f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="6" fill="{fill}" stroke="#0072B2"/>'
         f'<text x="{x + width / 2}" y="{y + 18}" fill="{ink}" font-size="11" font-weight="bold">{number} {noun}</text>'
         f'<text x="{x + width / 2}" y="{y + 33}" fill="{ink}" font-size="10">{answers}</text>'
     )
+    return f'<a href="{escape(link)}">{box}</a>' if link else box
 
 
 def svg_arrow(start: str, end: str) -> str:
@@ -444,6 +450,31 @@ def svg_arrow(start: str, end: str) -> str:
     return f'<path d="M{x} {y}l{dx} {dy}" stroke="#57606a" stroke-width="1.5" marker-end="url(#head)"/>'
 
 # %% ../nbs/90_plots.ipynb #d470db74
+def draw_pipeline(text: str, lit: str = "", links: Mapping[str, str] | None = None) -> Picture:
+    """The chapters along DETR's pipeline, with arrows.
+
+    Args:
+        text: says what the picture shows, for those who hear it.
+        lit: the noun of the chapter whose box is filled.
+        links: the address behind each noun; a picture with links is a group of links, not one image.
+
+    Returns:
+        A picture that Jupyter displays.
+    """
+    links = links or {}
+    boxes = [svg_box(noun, noun == lit, links.get(noun, "")) for noun in PLACES]
+    arrows = [svg_arrow(*arrow) for arrow in ARROWS]
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 186" width="800" '
+        f'role="{"group" if links else "img"}" aria-label="{text}">'
+        f'<title>{text}</title><defs><marker id="head" viewBox="0 0 6 6" refX="4" refY="3" markerWidth="5" '
+        'markerHeight="5" orient="auto"><path d="M0 0L6 3L0 6z" fill="#57606a"/></marker></defs>'
+        '<rect width="800" height="186" rx="8" fill="#f6f8fa"/>'
+        f'<g font-family="sans-serif" text-anchor="middle">{"".join(arrows + boxes)}</g></svg>'
+    )
+    return Picture(svg, text)
+
+
 def pipeline(current: str) -> Picture:
     """The where-are-we figure: the chapters along DETR's pipeline, the current one lit.
 
@@ -458,13 +489,5 @@ def pipeline(current: str) -> Picture:
     """
     if current not in PLACES:
         raise ValueError(f"pipeline({current!r}): no such chapter in the figure, give one of {', '.join(PLACES)}")
-    text = f"Where we are: chapter {PLACES[current][0]}, {current}, in the pipeline from images to a trained DETR."
-    parts = [svg_arrow(*arrow) for arrow in ARROWS] + [svg_box(noun, noun == current) for noun in PLACES]
-    svg = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 122" width="800" role="img" aria-label="{text}">'
-        f'<title>{text}</title><defs><marker id="head" viewBox="0 0 6 6" refX="4" refY="3" markerWidth="5" '
-        'markerHeight="5" orient="auto"><path d="M0 0L6 3L0 6z" fill="#57606a"/></marker></defs>'
-        '<rect width="800" height="122" rx="8" fill="#f6f8fa"/>'
-        f'<g font-family="sans-serif" text-anchor="middle">{"".join(parts)}</g></svg>'
-    )
-    return Picture(svg, text)
+    where = f"chapter {PLACES[current][0]}, {current}, in the pipeline from images to a trained DETR"
+    return draw_pipeline(f"Where we are: {where}.", current)

@@ -73,7 +73,7 @@ class SinePositions(nn.Module):
 
     Args:
         d: model width, a multiple of 4.
-        temperature: as in `sine_embedding`; 10000 in the paper, about 20 suits small grids.
+        temperature: as in `sine_embedding`; 10000 in the authors' code, about 20 suits small grids.
 
     Raises:
         ValueError: if `d` is not a multiple of 4.

@@ -49,8 +49,8 @@ def title(images: int, steps: int, turned: bool, seed: int) -> str:
 
 
 PLAN = [(images, STEPS, True, seed) for seed in SEEDS for images in AMOUNTS]
-PLAN += [(AMOUNTS[-1], steps, True, SEEDS[0]) for steps in LENGTHS if steps != STEPS]
-PLAN += [(images, STEPS, False, SEEDS[0]) for images in AMOUNTS[::2]]
+PLAN += [(AMOUNTS[-1], steps, True, seed) for seed in SEEDS for steps in LENGTHS if steps != STEPS]
+PLAN += [(images, STEPS, False, seed) for seed in SEEDS for images in AMOUNTS[::2]]
 RUNS = {title(*row): row for row in PLAN}
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from beartype import beartype
 from jaxtyping import Float, TypeCheckError, jaxtyped
 from torch import Tensor
 
@@ -173,3 +174,12 @@ def test_an_exercise_is_open_wrong_or_right(capsys):
         check_exercise(check, answer)
         out = capsys.readouterr().out
         assert out.startswith(said) and ("at: assert answer() == 2" in out) == said.startswith("not yet")
+
+
+def test_a_check_that_is_type_checked_shows_its_own_line(capsys):
+    @jaxtyped(typechecker=beartype)
+    def check(answer: int) -> None:
+        assert answer == 2, "twice one"
+
+    check_exercise(check, 3)
+    assert "at: assert answer == 2" in capsys.readouterr().out

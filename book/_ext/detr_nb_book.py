@@ -1,6 +1,6 @@
 """The book's own Sphinx extension.
 
-It does five things:
+It does six things:
 
 - reads `.ipynb` files: nbdev's `#|` directives become the tags that Jupyter Book knows (`read_notebook`);
 - makes the execution cache notice edits of the library: a digest of the modules a notebook imports, of the files it
@@ -8,6 +8,7 @@ It does five things:
   the same files become Sphinx dependencies of the page (`note_sources`);
 - gives every widget the still picture of its output for readers without scripts (`keep_stills`);
 - takes the repository's address from settings.ini (`set_repository`);
+- draws the map of the chapters, each box a link (`ChapterMap`, `link_map`);
 - says which chapter is being built and how long it took (`say_start`, `say_end`).
 """
 
@@ -19,6 +20,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterable
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +29,7 @@ import nbformat
 from docutils import nodes
 from myst_nb.core.render import NbElementRenderer
 from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "detr_nb"
@@ -49,6 +52,7 @@ TAGS = {
     ("gpu", ""): ["skip-execution"],
     ("code-fold", "true"): ["hide-input"],
     ("code-fold", "false"): [],
+    ("alone", ""): [],  # measures time: tools/execute.py runs nothing beside it
 }
 TEXTS = ("label", "fig-cap", "fig-alt", "reads", "default_exp")
 _DIRECTIVE = re.compile(r"^\s*#\s*\|\s*(.*?)\s*$")
@@ -266,6 +270,37 @@ def keep_stills(app, doctree) -> None:
                 widget += [before, *(part.deepcopy() for part in picture.children), after]
 
 
+# --- the map of the chapters -----------------------------------------------------------------------------------------
+class chapter_map(nodes.General, nodes.Element):
+    """Where the map stands until the addresses of the pages are known."""
+
+
+class ChapterMap(SphinxDirective):
+    """`{chapter-map}`: the figure at the head of each chapter, every box a link; the text says what it shows."""
+
+    has_content = True
+
+    def run(self) -> list[nodes.Node]:
+        return [chapter_map(text=" ".join(self.content))]
+
+
+def chapter_pages(names: Iterable[str]) -> dict[str, str]:
+    """The page of each noun that has a chapter."""
+    numbered = (re.fullmatch(r"nbs/\d\d_(\w+)", name) for name in names)
+    return {match[1]: match[0] for match in numbered if match}
+
+
+def link_map(app, doctree, docname) -> None:
+    """Draw the map for the page it stands on."""
+    for place in list(doctree.findall(chapter_map)):
+        from detr_nb.plots import draw_pipeline
+
+        pages = chapter_pages(app.env.found_docs)
+        links = {noun: app.builder.get_relative_uri(docname, page) for noun, page in pages.items()}
+        svg = draw_pipeline(place["text"], links=links).svg
+        place.replace_self(nodes.raw("", f'<div class="chapter-map">{svg}</div>', format="html"))
+
+
 # --- events -------------------------------------------------------------------------------------------------------
 LOGGER = logging.getLogger(__name__)
 _progress = {"names": [], "start": 0.0}
@@ -335,6 +370,9 @@ def setup(app):
     app.connect("env-before-read-docs", plan)
     app.connect("source-read", say_start, priority=100)
     app.connect("source-read", note_sources)
+    app.add_node(chapter_map)
+    app.add_directive("chapter-map", ChapterMap)
+    app.connect("doctree-resolved", link_map)
     app.connect("doctree-read", keep_stills, priority=800)
     app.connect("doctree-read", say_end, priority=900)
     return {"version": "1", "parallel_read_safe": False, "parallel_write_safe": True}
