@@ -4,7 +4,7 @@
     python results/ablations.py --names "base, seed 0" "no encoder, seed 0"
     python results/ablations.py --list
 
-Two runs go side by side, a core each, of about two minutes; memory stays under 3 GB.
+Two runs go side by side, a core each, of about two minutes (three with more layers); memory stays under 3 GB.
 """
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
