@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Shaped
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from torch import Tensor
 
 from .boxes import cxcywh_to_xyxy, scale_boxes
@@ -340,6 +341,10 @@ def curves(
     finish(ax, list(lines), logx, logy, xlabel=xlabel, ylabel=ylabel, title=title)
     if not logx and all((np.mod(as_array(x), 1) == 0).all() for x, _ in lines.values()):
         ax.xaxis.get_major_locator().set_params(integer=True)  # no tick between two steps or two layers
+    places = sorted({float(value) for x, _ in lines.values() for value in as_array(x)})
+    if logx and len(places) <= 6:  # the points themselves say more than powers of ten
+        ax.set_xticks(places, [f"{place:g}" for place in places])
+        ax.xaxis.set_minor_locator(NullLocator())
     mark_places(ax, marks or {})
 
 # %% ../nbs/90_plots.ipynb #90de0002

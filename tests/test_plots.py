@@ -143,6 +143,14 @@ def test_no_tick_stands_between_two_steps():
     assert not all(float(place).is_integer() for place in ax.get_xticks())
 
 
+def test_few_points_on_a_logarithmic_axis_are_named():
+    ax = plots.axes_grid(1)[0]
+    plots.curves({"one": ((50, 100, 200), (1, 2, 3)), "two": ((100, 400), (1, 2))}, logx=True, ax=ax)
+    ax.figure.canvas.draw()
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["50", "100", "200", "400"]
+    assert len(ax.xaxis.get_minorticklocs()) == 0
+
+
 def test_bars_have_the_given_heights():
     plots.bars({"a": 3, "b": torch.tensor(1.5), 7: 0})
     assert [patch.get_height() for patch in plt.gca().patches] == [3, 1.5, 0]
