@@ -200,7 +200,7 @@ def rounded(numbers: Float[Tensor, "..."], digits: int = 4) -> list:
 @torch.no_grad()
 def record_scene(model: nn.Module, image: UInt8[Tensor, "3 y x"], target: Target) -> dict[str, object]:
     """What every decoder layer of a model says about an image, as plain values that a page can hold."""
-    out = model(model.preprocess(image)[None])
+    out = model(model.preprocess(image)[None].to(next(model.parameters())))
     scores, labels = model.scores(out.logits[:, 0]).max(-1)  # i q
     layers = [
         {"boxes": rounded(out.boxes[i, 0]), "scores": rounded(scores[i]), "labels": labels[i].tolist()}
@@ -319,7 +319,7 @@ def record_gaze(model: nn.Module, image: UInt8[Tensor, "3 y x"], threshold: floa
 
     watched = model.encoder.layers[-1].attention, model.decoder.layers[-1].cross.attention
     hooks = [attention.register_forward_pre_hook(note) for attention in watched]
-    images = model.preprocess(image)[None]
+    images = model.preprocess(image)[None].to(next(model.parameters()))
     out = model(images)
     for hook in hooks:
         hook.remove()
@@ -384,7 +384,7 @@ def record_film(
         image: colours from 0 to 255.
         target: the truth, to which the queries are matched.
     """
-    images, frames = model.preprocess(image)[None], []
+    images, frames = model.preprocess(image)[None].to(next(model.parameters())), []
     for step, weights in film.items():
         model.load_state_dict(weights)
         with evaluation_mode(model):

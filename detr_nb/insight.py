@@ -148,6 +148,9 @@ def attention_maps(
         pad: True where there is padding.
         roles: which of `ROLES` to keep. The encoder's table grows with the square of the number of cells.
 
+    Returns:
+        Weights, cells and predictions, on the CPU wherever the model is.
+
     Raises:
         ValueError: if a role is unknown, or the model has no weights or no grid to show.
     """
@@ -155,14 +158,15 @@ def attention_maps(
     if set(roles) - ROLES.keys() or source is None:
         raise ValueError(f"roles are some of {', '.join(ROLES)}, got {', '.join(roles)}; and the model needs a part "
                          "called memory (or conv) that makes the cells")
-    made = []
+    made, device = [], next(model.parameters()).device
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(source.register_forward_hook(lambda part, inputs, answer: made.append(cells_of(answer))))
         seen = stack.enter_context(watching({role: parts[role] for role in roles}))
-        out = model(images, pad)
-    stacked = {role: torch.stack(seen[role]) if seen.get(role) else None for role in ROLES}
-    return AttentionMaps(**stacked, **dict(zip(("xy", "pad", "grid"), made[0], strict=True)), out=out)
+        out = model(images.to(device), None if pad is None else pad.to(device))
+    stacked = {role: torch.stack(seen[role]).cpu() if seen.get(role) else None for role in ROLES}
+    xy, hidden, grid = made[0]
+    return AttentionMaps(**stacked, xy=xy.cpu(), pad=hidden.cpu(), grid=grid, out=Output(*(part.cpu() for part in out)))
 
 # %% ../nbs/13_insight.ipynb #4d142dce
 def as_grid(weights: Float[Tensor, "*n s"], grid: tuple[int, int]) -> Float[Tensor, "*n y x"]:

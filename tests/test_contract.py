@@ -13,10 +13,12 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.ops import FrozenBatchNorm2d
 
 import detr_nb
 import detr_nb.backbone
+from detr_nb.insight import attention_maps
 from detr_nb.losses import SetCriterion
 from detr_nb.model import (
     DETR,
@@ -234,3 +236,33 @@ def test_saved_weights_give_the_same_predictions(name, tmp_path):
     assert other.names is None and saved["names"] == model.names and saved["category_ids"] == [1, 2, 3, 90]
     with torch.no_grad():
         torch.testing.assert_close(other(images()), model(images()), rtol=0, atol=0)
+
+
+@pytest.fixture
+def imagined_gpu(monkeypatch):
+    """Tensors without numbers on a GPU that need not exist; like real ones they refuse to meet tensors of the CPU."""
+    monkeypatch.setattr("detr_nb.model.check_images", lambda images, pad: None)  # what looks at numbers cannot run
+    monkeypatch.setattr("detr_nb.model.check_padding", lambda pad: None)
+    with FakeTensorMode():
+        yield torch.device("cuda")
+
+
+@every_build
+def test_a_model_computes_on_the_device_of_its_weights(name, imagined_gpu):
+    if name == "DETRDemo":
+        pytest.skip("torch's own transformer copies its layers, which tensors without numbers do not allow")
+    with imagined_gpu:
+        model = BUILDS[name][0]().eval()
+    images = torch.zeros(2, 3, 96, 128)
+    with pytest.raises(RuntimeError, match="same device"):
+        model(images)
+    out = model(images.to(imagined_gpu), torch.zeros(2, 96, 128, dtype=torch.bool, device=imagined_gpu))
+    assert out.logits.device.type == out.boxes.device.type == "cuda"
+
+
+def test_attention_maps_come_back_from_the_device_of_the_model(imagined_gpu):
+    with imagined_gpu:
+        model = BUILDS["detr_tiny"][0]()
+    maps = attention_maps(model, torch.zeros(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.bool))
+    tensors = (maps.encoder, maps.queries, maps.cross, maps.xy, maps.pad, *maps.out)
+    assert {tensor.device.type for tensor in tensors} == {"cpu"}

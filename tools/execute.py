@@ -65,11 +65,13 @@ def execute_all(cache: JupyterCacheAbstract, notebooks: dict[Path, NotebookNode]
     with ThreadPoolExecutor(workers) as pool:
         runs = {pool.submit(execute, path, notebook): path for path, notebook in notebooks.items()}
         for number, run in enumerate(as_completed(runs), 1):
-            path, result = runs[run], run.result()
-            if result.err is None:
+            path, error = runs[run], run.exception() or run.result().err
+            said = f"FAILED ({type(error).__name__}), the build will say why"
+            if error is None:
+                result = run.result()
                 bundle = CacheBundleIn(result.nb, str(path), data={"execution_seconds": result.time})
                 cache.cache_notebook_bundle(bundle, check_validity=False, overwrite=True)
-            said = f"executed in {result.time:.1f} s" if result.err is None else "FAILED, the build will say why"
+                said = f"executed in {result.time:.1f} s"
             print(f"[{number:2}/{len(notebooks)}] {path.relative_to(ROOT)} {said}", flush=True)
 
 
