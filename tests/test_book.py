@@ -51,6 +51,12 @@ def test_every_picture_says_what_it_shows(page):
     assert not silent, "give each a text: detr_nb.plots does, and `#| fig-alt: ...` does"
 
 
+@pytest.mark.parametrize("name", [name for name in listed() if re.fullmatch(r"nbs/\d\d_\w+", name)])
+def test_a_chapter_leads_to_the_reference(name):
+    need(HTML.exists(), "the book is not built: `make book`")
+    assert 'href="../book/reference.html#detr_nb.' in (HTML / f"{name}.html").read_text("utf8")
+
+
 def test_the_front_door_leads_to_the_front_page():
     need(HTML.exists(), "the book is not built: `make book`")
     assert f"url={listed()[0]}.html" in (HTML / "index.html").read_text("utf8")

@@ -3,9 +3,13 @@
 import importlib.util
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
+from docutils import nodes
+from docutils.utils import new_document
+from sphinx import addnodes
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
@@ -145,3 +149,22 @@ def test_a_notebook_says_which_files_of_the_tests_it_reads(path):
     _, files = extension.prepare(text)
     declared = any(ROOT / "tests" / "data" in file.parents for file in files)
     assert declared == ("tests/data" in code), "put `#| reads: tests/data/...` at the head of the cell"
+
+
+# --- names --------------------------------------------------------------------------------------------------------
+def test_the_first_mention_of_a_name_leads_to_the_reference():
+    page = new_document("nbs/03_boxes")
+    page += nodes.title("", "", nodes.literal(text="box_area"))
+    for word in ("pairwise_iou()", "pairwise_iou", "Tensor", "share", "box_area"):
+        page += nodes.paragraph("", "", nodes.literal(text=word))
+    extension.link_names(SimpleNamespace(env=SimpleNamespace(docname="nbs/03_boxes")), page)
+    links = [(link["reftarget"], link.astext()) for link in page.findall(addnodes.pending_xref)]
+    assert links == [("detr_nb.boxes.pairwise_iou", "pairwise_iou()"), ("detr_nb.boxes.box_area", "box_area")]
+
+
+def test_names_are_those_that_one_module_exports():
+    names = extension.library_names()
+    assert names["HungarianMatcher"] == "detr_nb.matcher.HungarianMatcher" and "torch" not in names
+    for full in names.values():
+        module, name = full.removeprefix("detr_nb.").split(".")
+        assert name in (ROOT / "detr_nb" / f"{module}.py").read_text("utf8")

@@ -1,6 +1,6 @@
 """The book's own Sphinx extension.
 
-It does six things:
+It does seven things:
 
 - reads `.ipynb` files: nbdev's `#|` directives become the tags that Jupyter Book knows (`read_notebook`);
 - makes the execution cache notice edits of the library: a digest of the modules a notebook imports, of the files it
@@ -9,6 +9,7 @@ It does six things:
 - gives every widget the still picture of its output for readers without scripts (`keep_stills`);
 - takes the repository's address from settings.ini (`set_repository`);
 - draws the map of the chapters, each box a link (`ChapterMap`, `link_map`);
+- leads from the first mention of a name of the library on a page to its entry in the reference (`link_names`);
 - says which chapter is being built and how long it took (`say_start`, `say_end`).
 """
 
@@ -28,6 +29,7 @@ from pathlib import Path
 import nbformat
 from docutils import nodes
 from myst_nb.core.render import NbElementRenderer
+from sphinx import addnodes
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
@@ -301,6 +303,43 @@ def link_map(app, doctree, docname) -> None:
         place.replace_self(nodes.raw("", f'<div class="chapter-map">{svg}</div>', format="html"))
 
 
+# --- names of the library -----------------------------------------------------------------------------------------
+@lru_cache(None)
+def library_names() -> dict[str, str]:
+    """The full name behind every exported name that one module alone exports and that is no everyday word."""
+    found: dict[str, list[str]] = {}
+    for path in sorted((ROOT / PACKAGE).glob("[!_]*.py")):
+        for node in parse_cell(path.read_text("utf8")).body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+                for name in ast.literal_eval(node.value):
+                    found.setdefault(name, []).append(f"{PACKAGE}.{path.stem}.{name}")
+    telling = {name for name in found if "_" in name or name[0].isupper()} | public_names().keys()
+    return {name: places[0] for name, places in found.items() if len(places) == 1 and name in telling}
+
+
+def stands_in(node: nodes.Node, *kinds: type[nodes.Node]) -> bool:
+    """Is the node inside of one of these kinds?"""
+    while node.parent is not None:
+        node = node.parent
+        if isinstance(node, kinds):
+            return True
+    return False
+
+
+def link_names(app, doctree) -> None:
+    """Make the first mention of each name a reference, which Sphinx resolves if the reference has it."""
+    seen = set()
+    for literal in list(doctree.findall(nodes.literal)):
+        full = library_names().get(literal.astext().removesuffix("()"))
+        if full is None or full in seen or stands_in(literal, nodes.title, nodes.reference, addnodes.desc_signature):
+            continue
+        seen.add(full)
+        link = addnodes.pending_xref("", refdomain="py", reftype="obj", reftarget=full, refdoc=app.env.docname,
+                                     refexplicit=False, refwarn=False)
+        literal.replace_self(link)
+        link += literal
+
+
 # --- events -------------------------------------------------------------------------------------------------------
 LOGGER = logging.getLogger(__name__)
 _progress = {"names": [], "start": 0.0}
@@ -374,5 +413,6 @@ def setup(app):
     app.add_directive("chapter-map", ChapterMap)
     app.connect("doctree-resolved", link_map)
     app.connect("doctree-read", keep_stills, priority=800)
+    app.connect("doctree-read", link_names)
     app.connect("doctree-read", say_end, priority=900)
     return {"version": "1", "parallel_read_safe": False, "parallel_write_safe": True}
