@@ -47,7 +47,8 @@ tool.listed = lambda: [folder / f"{name}.ipynb" for name in sys.argv[3:]]
 cache = tool.get_cache(folder / "cache")
 tool.execute_all(cache, tool.missing(cache), workers=2)
 print("left:", *(path.stem for path in tool.missing(cache)))
-print("kept:", cache.merge_match_into_notebook(tool.prepare((folder / "good.ipynb").read_text())[0])[1].cells[0].outputs)
+good = tool.prepare((folder / "good.ipynb").read_text())[0]
+print("kept:", cache.merge_match_into_notebook(good)[1].cells[0].outputs)
 """
 
 
