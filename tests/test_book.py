@@ -54,7 +54,8 @@ def test_every_picture_says_what_it_shows(page):
 @pytest.mark.parametrize("name", [name for name in listed() if re.fullmatch(r"nbs/\d\d_\w+", name)])
 def test_a_chapter_leads_to_the_reference(name):
     need(HTML.exists(), "the book is not built: `make book`")
-    assert 'href="../book/reference.html#detr_nb.' in (HTML / f"{name}.html").read_text("utf8")
+    place = f"../book/reference.html#module-detr_nb.{name[len('nbs/00_'):]}"
+    assert f'href="{place}"' in (HTML / f"{name}.html").read_text("utf8")
 
 
 def test_the_front_door_leads_to_the_front_page():

@@ -9,7 +9,8 @@ It does seven things:
 - gives every widget the still picture of its output for readers without scripts (`keep_stills`);
 - takes the repository's address from settings.ini (`set_repository`);
 - draws the map of the chapters, each box a link (`ChapterMap`, `link_map`);
-- leads from the first mention of a name of the library on a page to its entry in the reference (`link_names`);
+- leads from the first mention of a name of the library on a page to its entry in the reference, and from
+  the end of a chapter to its module (`link_names`, `link_module`);
 - says which chapter is being built and how long it took (`say_start`, `say_end`).
 """
 
@@ -326,18 +327,34 @@ def stands_in(node: nodes.Node, *kinds: type[nodes.Node]) -> bool:
     return False
 
 
+def reference_to(app, kind: str, full: str, shown: nodes.Node) -> addnodes.pending_xref:
+    """A link that Sphinx resolves if the reference has the name, and leaves as it is if not."""
+    link = addnodes.pending_xref("", refdomain="py", reftype=kind, reftarget=full, refdoc=app.env.docname,
+                                 refexplicit=True, refwarn=False)
+    link += shown.deepcopy()
+    return link
+
+
+def link_module(app, doctree) -> None:
+    """End every chapter with a link to its module in the reference."""
+    match = re.fullmatch(r"nbs/\d\d_(\w+)", app.env.docname)
+    sections = list(doctree.findall(nodes.section))
+    if match and module_path(match[1]).exists() and sections:
+        full = f"{PACKAGE}.{match[1]}"
+        link = reference_to(app, "mod", full, nodes.literal(text=full))
+        words = "All names of this chapter, with arguments and returns: "
+        sections[-1] += nodes.paragraph("", words, link, nodes.Text("."))
+
+
 def link_names(app, doctree) -> None:
-    """Make the first mention of each name a reference, which Sphinx resolves if the reference has it."""
+    """Make the first mention of each name a reference."""
     seen = set()
     for literal in list(doctree.findall(nodes.literal)):
         full = library_names().get(literal.astext().removesuffix("()"))
         if full is None or full in seen or stands_in(literal, nodes.title, nodes.reference, addnodes.desc_signature):
             continue
         seen.add(full)
-        link = addnodes.pending_xref("", refdomain="py", reftype="obj", reftarget=full, refdoc=app.env.docname,
-                                     refexplicit=False, refwarn=False)
-        literal.replace_self(link)
-        link += literal
+        literal.replace_self(reference_to(app, "obj", full, literal))
 
 
 # --- events -------------------------------------------------------------------------------------------------------
@@ -414,5 +431,6 @@ def setup(app):
     app.connect("doctree-resolved", link_map)
     app.connect("doctree-read", keep_stills, priority=800)
     app.connect("doctree-read", link_names)
+    app.connect("doctree-read", link_module)
     app.connect("doctree-read", say_end, priority=900)
     return {"version": "1", "parallel_read_safe": False, "parallel_write_safe": True}
