@@ -57,7 +57,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 book: env ## execute the chapters that changed and build the book
-	$(call say,book: executing what changed; the first time takes a quarter of an hour on two cores)
+	$(call say,book: executing what changed; the first time takes about twenty minutes on two cores)
 	@$(EXECUTE)
 	@$(BOOK)
 	@printf '\nThe book is ready. Open it in a browser: %s\n' "$(PAGE)"
