@@ -79,6 +79,10 @@ class TinyBackbone(nn.Module):
         steps = (1, *(b // a for a, b in pairwise(strides)))
         self.stages = nn.ModuleList(map(BasicBlock, (widths[0], *widths[:-1]), widths, steps))
 
+    def extra_repr(self) -> str:
+        """What a printed model shows of it."""
+        return f"strides={self.strides}, coordinates={self.coordinates}"
+
     def forward(self, images: Float[Tensor, "b 3 y x"]) -> list[Float[Tensor, "b _ _ _"]]:
         """Return the features of every stage, finest first."""
         x, features = self.stem(append_coordinates(images) if self.coordinates else images), []
@@ -227,6 +231,10 @@ class ResNet(nn.Module):
         self.strides = (4, 8, 16, 16 if dilation else 32)
         for key, parameter in self.body.named_parameters():
             parameter.requires_grad_(key.startswith(trainable))
+
+    def extra_repr(self) -> str:
+        """What a printed model shows of it."""
+        return f"{self.name}, dilation={self.dilation}"
 
     def forward(self, images: Float[Tensor, "b 3 y x"]) -> list[Float[Tensor, "b _ _ _"]]:
         """Return the features at strides 4, 8, 16 and 32 (16 again with dilation), finest first."""

@@ -30,14 +30,15 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from .boxes import cxcywh_to_xyxy, pairwise_iou
+from .config import ModelConfig
 from .data import Augmented, Batch, MemoryDataset, Preprocess, RandomSizeCrop, Transformed
 from .evaluation import batch_maker, coco_evaluate, evaluation_mode
 from .insight import predict_layers
 from .losses import SetCriterion
-from .model import DETR, Head, ObjectQueries, detr_tiny, postprocess
+from .model import DETR, Head, ObjectQueries, TinyModel, detr_tiny, postprocess
 from .notation import Memory, Number, Output, Queries, Target
 from .shapes import DEFAULT, EASY
-from .training import ModelSource, Run, ShapesData, TinyModel, TrainConfig, build_criterion, running_means
+from .training import Run, ShapesData, TrainConfig, build_criterion, running_means
 
 # %% ../nbs/16_clinic.ipynb #16c10009
 def ap_of(out: Output, targets: Sequence[Target], names: Sequence[str]) -> float:
@@ -740,7 +741,7 @@ class HalfBoxes(TinyModel):
         return model
 
 @dataclass(frozen=True)
-class CarriedModel(ModelSource):
+class CarriedModel(ModelConfig):
     """The trained model that the package carries, ready to learn on."""
 
     def build(self, num_classes: int) -> DETR:

@@ -24,11 +24,11 @@ from torchvision.ops import batched_nms
 
 from .attention import MultiHeadAttention
 from .boxes import cxcywh_to_xyxy, pairwise_iou
+from .config import Count, ModelConfig
 from .evaluation import batch_maker, evaluation_mode
 from .matcher import HungarianMatcher
 from .model import DETR, cell_centres
 from .notation import Memory, Number, Output, Target
-from .training import ModelSource
 
 # %% ../nbs/13_insight.ipynb #1381adb7
 def weights_of(
@@ -223,7 +223,7 @@ def attention_entropy(weights: Float[Tensor, "*n s"]) -> Float[Tensor, "*n"]:
 
 # %% ../nbs/13_insight.ipynb #558b7478
 @dataclass(frozen=True)
-class Filmed(ModelSource):
+class Filmed(ModelConfig):
     """A source of models, for `TrainConfig`, which keeps copies of the weights while its model trains.
 
     Args:
@@ -234,9 +234,9 @@ class Filmed(ModelSource):
         film: the copies by step.
     """
 
-    source: ModelSource
-    every: int = 20
-    film: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    source: ModelConfig
+    every: Count = 20
+    film: dict[int, dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def build(self, num_classes: int) -> DETR:
         """Make the model, with its camera: a hook that counts the passes in training mode."""
