@@ -79,6 +79,10 @@ class TinyBackbone(nn.Module):
         steps = (1, *(b // a for a, b in pairwise(strides)))
         self.stages = nn.ModuleList(map(BasicBlock, (widths[0], *widths[:-1]), widths, steps))
 
+    def blocks(self) -> list[nn.Module]:
+        """Parts that may be computed twice in a step; none here, whose batch norms would count every image twice."""
+        return []
+
     def forward(self, images: Float[Tensor, "b 3 y x"]) -> list[Float[Tensor, "b _ _ _"]]:
         """Return the features of every stage, finest first."""
         x, features = self.stem(append_coordinates(images) if self.coordinates else images), []
@@ -227,6 +231,10 @@ class ResNet(nn.Module):
         self.strides = (4, 8, 16, 16 if dilation else 32)
         for key, parameter in self.body.named_parameters():
             parameter.requires_grad_(key.startswith(trainable))
+
+    def blocks(self) -> list[nn.Module]:
+        """The four stages; they may be computed twice in a step, because frozen norms count nothing."""
+        return [self.body.layer1, self.body.layer2, self.body.layer3, self.body.layer4]
 
     def forward(self, images: Float[Tensor, "b 3 y x"]) -> list[Float[Tensor, "b _ _ _"]]:
         """Return the features at strides 4, 8, 16 and 32 (16 again with dilation), finest first."""

@@ -68,7 +68,8 @@ def tiny_answers() -> dict[str, Tensor]:
     """Those of the small trained model on eight scenes."""
     scenes = Scenes(EASY, 8, seed=5)
     made = collate([scenes[i] for i in range(8)])
-    return answers(detr_tiny(pretrained=True), SetCriterion(6, dec_layers=3), *made)
+    return answers(detr_tiny(pretrained=True), SetCriterion(6, dec_layers=3), made.images, made.pad,
+                   made.targets)
 
 
 def reference_answers() -> dict[str, Tensor]:

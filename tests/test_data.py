@@ -724,7 +724,7 @@ def fingerprint(loader):
     """Everything a loader gives, by image, with the order."""
     return [
         (target["image_id"], target["boxes"], row[:, ~pad]) for batch in loader
-        for row, pad, target in zip(*batch, strict=True)
+        for row, pad, target in zip(batch.images, batch.pad, batch.targets, strict=True)
     ]  # fmt: skip
 
 
