@@ -314,7 +314,7 @@ def place_map(app, doctree, docname) -> None:
         chapters = [chapter for _, part in parts for chapter in part]
         if place["lit"] and place["lit"] not in [chapter.module for chapter in chapters]:
             LOGGER.warning(f"the map has no chapter '{place['lit']}' to light", location=place)
-        links = {chapter.page: app.builder.get_relative_uri(docname, chapter.page) for chapter in chapters}
+        links = {chapter.page: app.builder.get_relative_uri(docname, chapter.page) or "#" for chapter in chapters}
         svg = draw_map(parts, place["text"], place["lit"], links)
         place.replace_self(nodes.raw("", f'<div class="chapter-map">{svg}</div>', format="html"))
 
