@@ -208,7 +208,7 @@ def test_without_anywidget_the_message_says_what_to_install():
 
 
 def test_nothing_else_of_the_library_needs_the_explorables():
-    for path in (ROOT / "detr_nb").glob("*.py"):
+    for path in (ROOT / "detr_nb").rglob("*.py"):
         names = {getattr(node, "module", "") or "" for node in ast.walk(ast.parse(path.read_text("utf8")))
                  if isinstance(node, ast.ImportFrom)}
         assert not any("explorables" in name for name in names), path.name
