@@ -339,6 +339,7 @@ def test_the_public_names_load_no_plotting_and_no_compiler():
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_all_public_names_cost_little_more_than_torch_and_torchvision():
     """The best of three, each in a process of its own; the bound leaves room for a busy machine."""
     clock = "import time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
