@@ -33,8 +33,13 @@ def inverse_sigmoid(share: Tensor) -> Tensor:
 # --- classes judged one by one ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class FocalClasses:
-    """Focal loss, divided by objects."""
+    """Focal loss, divided by objects.
 
+    Args:
+        matched_only: queries without an object do not count.
+    """
+
+    matched_only: bool = False
     spare: ClassVar[int] = 0
     counts_queries: ClassVar[bool] = False
 
@@ -45,7 +50,9 @@ class FocalClasses:
     def loss(self, logits: Float[Tensor, "i b q c"], wanted: Int[Tensor, "i b q"], by: Number) -> Float[Tensor, " i"]:
         """Summed over queries and classes."""
         truth = one_hot(wanted, logits.shape[-1] + 1)[..., :-1].to(logits)
-        return sigmoid_focal_loss(logits, truth).sum((1, 2, 3)) / max(by, 1)
+        loss = sigmoid_focal_loss(logits, truth).sum(-1)
+        counted = truth.sum(-1) if self.matched_only else torch.ones_like(loss)
+        return (counted * loss).sum((1, 2)) / max(by, 1)
 
     def claimed(self, logits: Float[Tensor, "i b q c"]) -> Bool[Tensor, "i b q"]:
         """True where some class is likelier than not."""
@@ -214,11 +221,11 @@ class Everything(DETRConfig):
 
 @authors_criterion.register
 def _(config: Everything, model: nn.Module, no_object_weight: Number = 0, **weights: Number) -> SetCriterion:
-    def part(**options: object) -> SetCriterion:
-        focal = {"classes": FocalClasses(), "class_term": focal_cost, "boxes": model.boxes}
+    def part(matched_only: bool = False, **options: object) -> SetCriterion:
+        focal = {"classes": FocalClasses(matched_only), "class_term": focal_cost, "boxes": model.boxes}
         return SetCriterion(model.num_classes, **{"cost_class": 2, **weights}, **focal, **options)
 
-    extra = {"proposals": part(prepare=one_class), "known": part(), "many": part(prepare=three_times)}
+    extra = {"proposals": part(prepare=one_class), "known": part(True), "many": part(prepare=three_times)}
     return part(dec_layers=config.dec_layers, extra=extra)
 
 
