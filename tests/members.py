@@ -1,9 +1,9 @@
 """Two detectors that exist in tests only: between them they use every seam that DETR leaves alone.
 
-`Everything` has sigmoid scores, boxes that count from references (refined layer by layer, looking forward twice), queries
-chosen from the image, known boxes to repair in training, and a second set of queries to which each object belongs several
-times. `Space` sees a scene by two cameras and answers with boxes of ten numbers. Neither is a good detector, and neither
-is a chapter: they prove that one fits in without a change elsewhere.
+`Everything` has sigmoid scores, boxes that count from references (refined layer by layer, looking forward twice),
+queries chosen from the image, known boxes to repair in training, and a second set of queries to which each object
+belongs several times. `Space` sees a scene by two cameras and answers with boxes of ten numbers. Neither is a good
+detector, and neither is a chapter: they prove that one fits in without a change elsewhere.
 """
 
 import math
@@ -115,7 +115,7 @@ class EverythingQueries(nn.Module):
         return [self.propose.classes, self.labels]
 
     def noised(self, target: Target, slots: int) -> tuple[Tensor, Tensor]:
-        """Contents and boxes of one image's known objects, some classes replaced and boxes moved; unused slots are zero."""
+        """Contents and boxes of an image's known objects: some classes replaced, boxes moved; unused slots are zero."""
         boxes, n = target["boxes"], len(target["labels"])
         other = self.draws.integers("labels", self.labels.num_embeddings - 1, (n,), boxes)
         wrong = self.draws.uniform("wrong", (n,), boxes) < 0.2
@@ -298,7 +298,7 @@ class ProjectedAttention(nn.Module):
         self.reach, self.weight, self.out = reach, nn.Linear(d, 1), nn.Linear(d, d)
 
     def look(self, content: Tensor, where: QueryPosition, ref: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
-        """Points (b q v l 2) as shares of each padded picture, and weights (b q v l) that are 0 where nothing is seen."""
+        """Points (b q v l 2) as shares of each padded picture, and weights (b q v l), 0 where nothing is seen."""
         metres = (ref - 0.5) * 2 * self.reach
         points = torch.cat((metres, torch.ones_like(metres[..., :1])), -1)
         u, v, depth, _ = torch.einsum("bvij,bqj->bqvi", memory.cameras, points).unbind(-1)

@@ -325,7 +325,8 @@ def scenes() -> Batch:
     images = torch.randn(2, 2, 3, 64, 96, generator=torch.Generator().manual_seed(3))
     pad = torch.zeros(2, 2, 64, 96, dtype=torch.bool)
     pad[1, :, 40:] = True
-    boxes = torch.tensor([[4.0, 1.0, 0.0, 1.0, 2.0, 1.5, 0.3, 1.0, 0.0], [1.0, 5.0, 0.5, 1.0, 1.0, 2.0, -1.0, 0.0, 0.5]])
+    boxes = torch.tensor([[4.0, 1.0, 0.0, 1.0, 2.0, 1.5, 0.3, 1.0, 0.0],
+                          [1.0, 5.0, 0.5, 1.0, 1.0, 2.0, -1.0, 0.0, 0.5]])
     targets = [Target(labels=torch.tensor([0, 1]), boxes=boxes),
                Target(labels=torch.zeros(0, dtype=torch.int64), boxes=torch.zeros(0, 9))]
     return Batch(images, pad, targets, cameras())
