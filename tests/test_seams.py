@@ -122,6 +122,29 @@ def test_the_criterion_refuses_a_part_that_it_does_not_know():
         SetCriterion(3, extra={"known": softmax})
 
 
+@dataclass(frozen=True)
+class OwnMetric(Pairs):
+    """Data that are not measured by boxes."""
+
+    def evaluate(self, model: nn.Module, dataset: MemoryDataset, **options: object) -> dict[str, float]:
+        """The number of held-out pictures, and whether the processes were said to share them."""
+        return {"pictures": len(dataset), "shared": float(options["shared"])}
+
+
+def test_the_data_source_supplies_the_metric_that_a_run_reports():
+    run = fit(replace(config(steps=2), data=OwnMetric()))
+    assert run.metrics == {"pictures": 5, "shared": 1.0} and "AP" not in run.line()
+
+
+def test_a_memory_says_how_much_of_its_grid_is_picture():
+    """Pictures of 50 x 64 and 64 x 37 pixels in a frame of 64 x 64, with cells of 8 pixels."""
+    pad = torch.zeros(2, 64, 64, dtype=torch.bool)
+    pad[0, 50:], pad[1, :, 37:] = True, True
+    memory = EVERYTHING.build(3).memory(pictures(2, 64, 64), pad, None)
+    assert_close(memory.valid, torch.tensor([[[1.0, 7 / 8]], [[5 / 8, 1.0]]]))
+    assert_close(memory.cells, torch.tensor([[[8.0, 50 / 8]], [[37 / 8, 8.0]]]))
+
+
 # --- what training does to the answers ------------------------------------------------------------------------------
 class Halves(Draws):
     """The middle of every range."""
