@@ -207,6 +207,7 @@ SHAPELESS = {
     "RandomSizeCrop.transform.return": "the same part",
     "ShortSide.transform.part": "an image, boxes or masks", "ShortSide.transform.return": "the same part",
     "check_images.images": "the check of the shape", "check_images.pad": "the check of the shape",
+    "check_images.cameras": "the check of the shape",
     "coco_segmentation.mask": "pycocotools checks it",
 }
 
