@@ -160,3 +160,10 @@ class MultiHeadAttention(HeadMaps):
         """The weights with which `forward` averages (before dropout), for looking at; arguments as there."""
         q, k = self.split(self.q(query)), self.split(self.k(key))
         return attention_weights(q, k, attention_bias(pad, bias, q))
+
+    def look(
+        self, query: Float[Tensor, "b q d"], key: Float[Tensor, "b s d"], value: Float[Tensor, "b s d"],
+        pad: Bool[Tensor, "b s"] | None = None, bias: Float[Tensor, "#b #h #q s"] | None = None,
+    ) -> Float[Tensor, "b h q s"]:
+        """`weights`, asked with the arguments of `forward`; every attention of the book has such a method."""
+        return self.weights(query, key, pad, bias)

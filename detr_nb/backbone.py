@@ -83,6 +83,10 @@ class TinyBackbone(nn.Module):
         """What a printed model shows of it."""
         return f"strides={self.strides}, coordinates={self.coordinates}"
 
+    def blocks(self) -> list[nn.Module]:
+        """Parts that may be computed twice in a step; none here, whose batch norms would count every image twice."""
+        return []
+
     def forward(self, images: Float[Tensor, "b 3 y x"]) -> list[Float[Tensor, "b _ _ _"]]:
         """Return the features of every stage, finest first."""
         x, features = self.stem(append_coordinates(images) if self.coordinates else images), []
@@ -235,6 +239,10 @@ class ResNet(nn.Module):
     def extra_repr(self) -> str:
         """What a printed model shows of it."""
         return f"{self.name}, dilation={self.dilation}"
+
+    def blocks(self) -> list[nn.Module]:
+        """The four stages; they may be computed twice in a step, because frozen norms count nothing."""
+        return [self.body.layer1, self.body.layer2, self.body.layer3, self.body.layer4]
 
     def forward(self, images: Float[Tensor, "b 3 y x"]) -> list[Float[Tensor, "b _ _ _"]]:
         """Return the features at strides 4, 8, 16 and 32 (16 again with dilation), finest first."""

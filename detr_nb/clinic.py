@@ -32,25 +32,27 @@ from torchvision.transforms import v2
 from .boxes import cxcywh_to_xyxy, pairwise_iou
 from .config import ModelConfig
 from .data import Augmented, Batch, MemoryDataset, Preprocess, RandomSizeCrop, Transformed
-from .evaluation import batch_maker, coco_evaluate, evaluation_mode
+from .evaluation import Detect, batch_maker, coco_evaluate, evaluation_mode
 from .insight import predict_layers
-from .losses import SetCriterion
-from .model import DETR, Head, ObjectQueries, TinyModel, detr_tiny, postprocess
-from .notation import Memory, Number, Output, Queries, Target
+from .losses import SetCriterion, SoftmaxClasses
+from .model import DETR, Head, ObjectQueries, Scores, SoftmaxScores, TinyModel, detr_tiny, postprocess
+from .notation import Memory, Number, Output, Prediction, Queries, Target
 from .shapes import DEFAULT, EASY
-from .training import Run, ShapesData, TrainConfig, build_criterion, running_means
+from .training import Run, ShapesData, TrainConfig, build_criterion, predict_batch, running_means
 
 # %% ../nbs/16_clinic.ipynb #16c10009
-def ap_of(out: Output, targets: Sequence[Target], names: Sequence[str]) -> float:
+def ap_of(
+    out: Output, targets: Sequence[Target], names: Sequence[str], to_detections: Detect = postprocess
+) -> float:
     """AP of the last layer's predictions, with the same contiguous ids on both sides, every picture as a square.
 
     Args:
         out: predictions for many images.
         targets: the truth.
         names: name of each class.
+        to_detections: turns an output and sizes into detections, such as a model's `postprocess`.
     """
-    last = Output(*(part[-1:].float() for part in out))
-    found = postprocess(last, [(1000, 1000)] * len(targets))
+    found = to_detections(out, [(1000, 1000)] * len(targets))
     truth = [Target(labels=target["labels"], boxes=target["boxes"], size=(1000, 1000)) for target in targets]
     return coco_evaluate(truth, found, names, list(range(len(names))))["AP"]
 
@@ -71,21 +73,24 @@ class Finding(NamedTuple):
 Evidence = Mapping[str, Number]
 
 # %% ../nbs/16_clinic.ipynb #16c1000f
-def class_table(out: Output, targets: Sequence[Target], overlap: Number = 0.5) -> Int[Tensor, "c c"]:
+def class_table(
+    out: Output, targets: Sequence[Target], overlap: Number = 0.5, scores: Scores | None = None
+) -> Int[Tensor, "c c"]:
     """Count objects by their class (row) and by the class of the box that covers them best (column).
 
     Args:
         out: predictions for many images.
         targets: the truth.
         overlap: IoU from which a box covers an object.
+        scores: what the columns of the logits mean; `SoftmaxScores` if left out.
     """
-    logits, boxes = out.logits[-1].float()[..., :-1], out.boxes[-1].float()
-    table = torch.zeros(logits.shape[-1], logits.shape[-1], dtype=torch.int64)
-    for scores, row, target in zip(logits, boxes, targets, strict=True):
+    likely, boxes = (scores or SoftmaxScores())(out.logits[-1].float()), out.boxes[-1].float()
+    table = torch.zeros(likely.shape[-1], likely.shape[-1], dtype=torch.int64)
+    for answers, row, target in zip(likely, boxes, targets, strict=True):
         if len(target["labels"]):
             best, place = pairwise_iou(cxcywh_to_xyxy(row), cxcywh_to_xyxy(target["boxes"])).max(0)
             for label, query in zip(target["labels"][best >= overlap], place[best >= overlap], strict=True):
-                table[label, scores[query].argmax()] += 1
+                table[label, answers[query].argmax()] += 1
     return table
 
 # %% ../nbs/16_clinic.ipynb #16c10012
@@ -182,7 +187,8 @@ def padding_evidence(model: nn.Module, dataset: Dataset, images: int = 8) -> dic
                              for parts in ([image], [image, blank]))
             one, two, three = (model(batch.images, pad) for batch, pad in (
                 (alone, alone.pad), (shared, shared.pad), (shared, torch.zeros_like(shared.pad))))
-            best = one.logits[-1, 0].softmax(-1)[:, -1].argsort()[: len(target["labels"])]
+            sure = model.scores(one.logits[-1, 0].float()).sum(-1)  # that there is anything at all
+            best = sure.argsort(descending=True)[: len(target["labels"])]
             boxes = [out.boxes[-1, 0][best].float().cpu() for out in (one, two, three)]
             shifts.append((boxes[0] - boxes[1]).abs().mean(1))
             felt += (boxes[1] - boxes[2]).abs().flatten().tolist()
@@ -201,9 +207,12 @@ class Maskless(nn.Module):
         super().__init__()
         self.memory, self.backbone = memory, memory.backbone
 
-    def forward(self, images: Float[Tensor, "b 3 y x"], pad: Bool[Tensor, "b y x"]) -> Memory:
+    def forward(
+        self, images: Float[Tensor, "*n 3 y x"], pad: Bool[Tensor, "*n y x"],
+        cameras: Float[Tensor, "b v 4 4"] | None = None,
+    ) -> Memory:
         """The memory of pictures without padding."""
-        return self.memory(images, torch.zeros_like(pad))
+        return self.memory(images, torch.zeros_like(pad), cameras)
 
 # %% ../nbs/16_clinic.ipynb #16c10024
 def lost_areas(
@@ -225,18 +234,19 @@ def lost_areas(
     return shares[0], shares[1]
 
 # %% ../nbs/16_clinic.ipynb #16c1002a
-def answer_evidence(out: Output) -> dict[str, Number]:
+def answer_evidence(out: Output, classes: object | None = None) -> dict[str, Number]:
     """How many queries claim an object, and how much answers differ among queries and among images.
 
     Args:
         out: predictions for many images.
+        classes: knows which queries claim an object; `SoftmaxClasses` if left out.
 
     Returns:
-        answers: queries an image whose likeliest class is an object. among_queries: standard deviation of the box
+        answers: queries an image that claim an object. among_queries: standard deviation of the box
         numbers over the queries of an image. among_images: the same over images, for each query.
     """
     logits, boxes = out.logits[-1].float(), out.boxes[-1].float()
-    claimed = logits.argmax(-1) < logits.shape[-1] - 1
+    claimed = (classes or SoftmaxClasses()).claimed(logits[None])[0]
     return {
         "answers": float(claimed.sum(1).float().mean()),
         "among_queries": float(boxes.std(1).mean()), "among_images": float(boxes.std(0).mean()),
@@ -300,7 +310,7 @@ def mode_evidence(model: nn.Module, batch: Batch, criterion: SetCriterion) -> di
     batch, losses = batch.to(next(model.parameters()).device), {}
     for name, training in (("as_trained", True), ("as_used", False)):
         with in_mode(model, training), torch.random.fork_rng(devices=[]):  # dropout draws
-            found = criterion(model(batch.images, batch.pad), batch.targets)
+            found = criterion(predict_batch(model, batch), batch.targets)
         losses[f"loss_{name}"] = float(criterion.total(found))
     return losses
 
@@ -347,13 +357,14 @@ def first_samples(dataset: Dataset, count: int) -> Samples:
     return Samples([dataset[index] for index in range(min(count, len(dataset)))], dataset)
 
 # %% ../nbs/16_clinic.ipynb #16c10039
-def held_out_evidence(model: nn.Module, held: Samples) -> dict[str, Number]:
+def held_out_evidence(model: nn.Module, held: Samples, criterion: SetCriterion) -> dict[str, Number]:
     """What the answers for held-out pictures say about classes, places, queries and padding."""
     out, truth = predict_layers(model, held)
-    table = class_table(out, truth)
+    table = class_table(out, truth, scores=model.scores)
     right, renamed, names = renaming(table)
     return {
-        **answer_evidence(out), **padding_evidence(model, held), "ap_held": ap_of(out, truth, held.names),
+        **answer_evidence(out, criterion.classes), **padding_evidence(model, held),
+        "ap_held": ap_of(out, truth, held.names, model.postprocess),
         "compared": int(table.sum()), "right": right, "renamed": renamed, "shift": common_shift(names),
         "found": found_share(out.boxes[-1], truth, [(1, 1)] * len(truth)),
         "found_padded": found_share(out.boxes[-1], truth, padded_by_own(held.samples)),
@@ -365,8 +376,8 @@ def seen_evidence(model: nn.Module, seen: Samples) -> dict[str, Number]:
     out, targets = predict_layers(model, seen)
     size = max((tuple(target.get("size", image.shape[1:])) for image, target in seen.samples), key=math.prod)
     shares, pixels = lost_areas(torch.cat([target["boxes"] for target in targets]), size, torch.float16)
-    return {**target_evidence(targets), "queries": out.logits.shape[2], "ap_seen": ap_of(out, targets, seen.names),
-            "lost_shares": shares, "lost_pixels": pixels}
+    return {**target_evidence(targets), "queries": out.logits.shape[2],
+            "ap_seen": ap_of(out, targets, seen.names, model.postprocess), "lost_shares": shares, "lost_pixels": pixels}
 
 def fresh_model(config: TrainConfig, num_classes: int) -> nn.Module:
     """The model as it was before training; the global generator is left as it is."""
@@ -390,7 +401,7 @@ def examine(run: Run, train: Dataset | None = None, val: Dataset | None = None, 
         train, val = run.config.data.load()
     model, config = run.shown, run.config
     batch = next(iter(train.loader(config.batch_size, config.seed).epoch(0)))
-    criterion = build_criterion(config, len(train.names))
+    criterion = build_criterion(config, model)
     return {
         "images": len(train), "batch": config.batch_size, "steps": run.step,
         "no_object_weight": config.no_object_weight, "warmup": config.warmup, "clip": config.clip,
@@ -398,7 +409,7 @@ def examine(run: Run, train: Dataset | None = None, val: Dataset | None = None, 
         **log_evidence(run.history), **mode_evidence(model, batch, criterion),
         **weight_evidence(model, fresh_model(config, len(train.names))),
         **seen_evidence(model, first_samples(train, images)),
-        **held_out_evidence(model, first_samples(val, images)),
+        **held_out_evidence(model, first_samples(val, images), criterion),
     }
 
 # %% ../nbs/16_clinic.ipynb #16c1003b
@@ -724,11 +735,11 @@ class HalfHead(Head):
     """A head whose boxes leave it in float16, as under autocast."""
 
     def forward(
-        self, content: Float[Tensor, "b q d"], ref: Float[Tensor, "b q r"] | None = None
-    ) -> tuple[Float[Tensor, "b q c"], Float[Tensor, "b q 4"]]:
+        self, layer: int, content: Float[Tensor, "b q d"], base: Float[Tensor, "b q r"] | None = None
+    ) -> Prediction:
         """Logits, and boxes rounded."""
-        logits, boxes = super().forward(content, ref)
-        return logits, boxes.half()
+        logits, boxes = super().forward(layer, content, base)
+        return Prediction(logits, boxes.half())
 
 @dataclass(frozen=True)
 class HalfBoxes(TinyModel):
@@ -737,7 +748,7 @@ class HalfBoxes(TinyModel):
     def build(self, num_classes: int) -> DETR:
         """Make it with fresh weights."""
         model = super().build(num_classes)
-        model.decoder.head = HalfHead(self.hidden_dim, num_classes)
+        model.decoder.head = HalfHead(self.hidden_dim, model.scores.columns(num_classes))
         return model
 
 @dataclass(frozen=True)

@@ -863,22 +863,32 @@ class Batch(NamedTuple):
         images: normalised images, padded with zeros on the right and below.
         pad: True where an image is padding.
         targets: the truth of each image.
+        cameras: for scenes that several cameras saw: what maps metres to shares of each padded picture; else None.
     """
 
-    images: Float[Tensor, "b 3 y x"]
-    pad: Bool[Tensor, "b y x"]
+    images: Float[Tensor, "*n 3 y x"]
+    pad: Bool[Tensor, "*n y x"]
     targets: list[Target]
+    cameras: Float[Tensor, "b v 4 4"] | None = None
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What a model is given of it, by the names of its arguments."""
+        inputs = {"images": self.images, "pad": self.pad}
+        return inputs if self.cameras is None else {**inputs, "cameras": self.cameras}
 
     def to(self, device: torch.device | str) -> "Batch":
         """Move all tensors to a device; pinned ones travel while the processor goes on."""
         move = partial(Tensor.to, device=device, non_blocking=self.images.is_pinned())
         targets = [{k: move(v) if isinstance(v, Tensor) else v for k, v in t.items()} for t in self.targets]
-        return Batch(move(self.images), move(self.pad), targets)
+        cameras = None if self.cameras is None else move(self.cameras)
+        return Batch(move(self.images), move(self.pad), targets, cameras)
 
     def split(self, parts: int) -> list["Batch"]:
         """The same images in at most so many smaller batches, as equal as they can be."""
         images, pads, rest = self.images.chunk(parts), self.pad.chunk(parts), iter(self.targets)
-        return [Batch(some, pad, list(islice(rest, len(some)))) for some, pad in zip(images, pads, strict=True)]
+        cameras = [None] * len(images) if self.cameras is None else self.cameras.chunk(parts)
+        rows = zip(images, pads, cameras, strict=True)
+        return [Batch(some, pad, list(islice(rest, len(some))), views) for some, pad, views in rows]
 
 def collate(
     samples: Sequence[tuple[UInt8[Tensor, "3 _ _"], Target]],

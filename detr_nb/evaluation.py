@@ -7,8 +7,9 @@ __all__ = ['COCO_THRESHOLDS', 'Detections', 'Detect', 'Collate', 'ERRORS', 'prec
            'image_size', 'boxes_in_pixels', 'Compared', 'crowd_share', 'compare', 'Judged', 'judge_image', 'judge',
            'ap_table', 'coco_annotations', 'coco_results', 'coco_index', 'run_pycocotools', 'mean_of_present',
            'summary_of', 'check_labels', 'check_pairs', 'on_cpu', 'coco_evaluate', 'evaluation_mode', 'relabel',
-           'batch_maker', 'detect', 'predict_with_truth', 'predict', 'evaluate', 'pr_curve', 'confusion_matrix',
-           'sort_errors', 'ErrorTable', 'error_table', 'error_breakdown', 'mend', 'table_ap', 'error_gains']
+           'way_out', 'batch_maker', 'detect', 'predict_with_truth', 'predict', 'evaluate', 'pr_curve',
+           'confusion_matrix', 'sort_errors', 'ErrorTable', 'error_table', 'error_breakdown', 'mend', 'table_ap',
+           'error_gains']
 
 # %% ../nbs/11_evaluation.ipynb #df64019c
 import io
@@ -360,10 +361,15 @@ def relabel(found: Detections, source: Sequence[int], goal: Sequence[int]) -> De
     place = {raw: label for label, raw in enumerate(goal)}
     labels = torch.tensor([place.get(raw, -1) for raw in source])[found["labels"]]
     keep = labels >= 0
-    return {"scores": found["scores"][keep], "labels": labels[keep], "boxes": found["boxes"][keep]}
+    return {name: labels[keep] if name == "labels" else value[keep] for name, value in found.items()}
 
 # %% ../nbs/11_evaluation.ipynb #15ddef63
 Detect = Callable[..., list[dict[str, Tensor]]]
+
+def way_out(model: nn.Module) -> Detect:
+    """What turns the model's output into detections: its own `postprocess`, or that of DETR if it has none."""
+    return getattr(model, "postprocess", postprocess)
+
 Collate = Callable[[Sequence], Batch]
 
 def batch_maker(model: nn.Module) -> Collate:
@@ -375,14 +381,15 @@ def batch_maker(model: nn.Module) -> Collate:
 def detect(model: nn.Module, batch: Batch, to_detections: Detect) -> list[Detections]:
     """Detections of a batch in pixels of each target's size, on the CPU."""
     device = next(model.parameters(), torch.empty(0)).device
-    out = model(batch.images.to(device), batch.pad.to(device))
+    out = model(**batch.to(device).inputs())
     return [on_cpu(found) for found in to_detections(out, [image_size(target) for target in batch.targets])]
 
 def predict_with_truth(
-    model: nn.Module, dataset: object, batch_size: int, to_detections: Detect, collate: Collate | None,
+    model: nn.Module, dataset: object, batch_size: int, to_detections: Detect | None, collate: Collate | None,
     places: Sequence[int] | None = None,
 ) -> Iterator[tuple[Target, Detections]]:
     """Give truth and detections of every image of a dataset, or of some, under the dataset's labels."""
+    to_detections = to_detections or way_out(model)
     source, make_batch = getattr(model, "category_ids", None), collate or batch_maker(model)
     places = range(len(dataset)) if places is None else places
     for start in range(0, len(places), batch_size):
@@ -400,7 +407,7 @@ def predict(
     model: nn.Module,
     dataset: object,
     batch_size: int = 16,
-    to_detections: Detect = postprocess,
+    to_detections: Detect | None = None,
     collate: Collate | None = None,
 ) -> list[Detections]:
     """Detections of every image of a dataset, under the dataset's own labels.
@@ -411,7 +418,7 @@ def predict(
         dataset: `dataset[i]` gives a uint8 image of the size that the model shall see, and a `Target`; has
             `category_ids`.
         batch_size: images a forward pass.
-        to_detections: turns an output and sizes into detections.
+        to_detections: turns an output and sizes into detections; the model's `postprocess` if left out.
         collate: normalises and pads the samples of a batch; None does it with the model's colours, by `batch_maker`.
 
     Returns:
@@ -423,7 +430,7 @@ def evaluate(
     model: nn.Module,
     dataset: object,
     batch_size: int = 16,
-    to_detections: Detect = postprocess,
+    to_detections: Detect | None = None,
     collate: Collate | None = None,
     shared: bool = False,
 ) -> dict[str, float | dict[str, float]]:
@@ -433,7 +440,7 @@ def evaluate(
         model: see `predict`.
         dataset: see `predict`; has `names` too, the name of every label.
         batch_size: images a forward pass.
-        to_detections: turns an output and sizes into detections.
+        to_detections: turns an output and sizes into detections; the model's `postprocess` if left out.
         collate: normalises and pads the samples of a batch; None does it with the model's colours, by `batch_maker`.
         shared: let the processes of a training run take every so many-th image each; all must call, and all get the
             figures of the whole dataset.

@@ -29,9 +29,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
-from .attention import MultiHeadAttention, attention_weights
+from .attention import attention_weights
 from .evaluation import evaluation_mode
-from .insight import matched_queries
+from .insight import attention_maps, matched_queries
 from .notation import Target, toy_image
 from .plots import axes_grid, heatmap, show_boxes, show_image, styled
 from .positions import SinePositions
@@ -311,27 +311,17 @@ def record_gaze(model: nn.Module, image: UInt8[Tensor, "3 y x"], threshold: floa
         image: colours from 0 to 255.
         threshold: score from which a query is an object.
     """
-    looks: list[Tensor] = []  # of the encoder, then of the decoder: h q s each
-
-    def note(attention: MultiHeadAttention, args: tuple) -> None:
-        query, key, _, pad = args
-        looks.append(attention.weights(query, key, pad)[0])
-
-    watched = model.encoder.layers[-1].attention, model.decoder.layers[-1].cross.attention
-    hooks = [attention.register_forward_pre_hook(note) for attention in watched]
     images = model.preprocess(image)[None].to(next(model.parameters()))
-    out = model(images)
-    for hook in hooks:
-        hook.remove()
-    scores, labels = model.scores(out.logits[-1, 0]).max(-1)
+    maps = attention_maps(model, images, roles=("encoder", "cross"))
+    scores, labels = model.scores(maps.out.logits[-1, 0]).max(-1)
     found = (scores >= threshold).nonzero().flatten()
-    boxes = out.boxes[-1, 0]
+    boxes, (rows, columns) = maps.out.boxes[-1, 0], maps.grid
     objects = [
         {"box": rounded(boxes[q]), "label": int(labels[q]), "score": round(float(scores[q]), 4)} for q in found
     ]
-    ((rows, columns),) = model.memory(images, torch.zeros_like(images[:, 0], dtype=torch.bool)).shapes
-    heads = [packed(head[found]) for head in looks[1]]
-    return {"image": as_address(image), "rows": rows, "columns": columns, "encoder": packed(looks[0].mean(0)),
+    heads = [packed(head[found]) for head in maps.cross[-1, 0]]
+    encoder = packed(maps.encoder[-1, 0].mean(0))
+    return {"image": as_address(image), "rows": rows, "columns": columns, "encoder": encoder,
             "decoder": heads, "objects": objects}
 
 # %% ../nbs/91_explorables.ipynb #3f10f935

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROLES', 'weights_of', 'watching', 'attention_parts', 'cells_of', 'AttentionMaps', 'attention_maps', 'as_grid',
            'nearest_cell', 'cells_inside', 'share_inside', 'attention_entropy', 'Filmed', 'in_box_frame', 'rivals',
-           'predict_layers', 'matched_queries', 'only_layer', 'count_repeats', 'drop_repeats', 'switched_off']
+           'predict_layers', 'matched_queries', 'count_repeats', 'drop_repeats', 'switched_off']
 
 # %% ../nbs/13_insight.ipynb #e9ba732c
 import re
@@ -22,7 +22,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
-from .attention import MultiHeadAttention
 from .boxes import cxcywh_to_xyxy, pairwise_iou
 from .config import Count, ModelConfig
 from .evaluation import batch_maker, evaluation_mode
@@ -31,19 +30,20 @@ from .model import DETR, cell_centres
 from .notation import Memory, Number, Output, Target
 
 # %% ../nbs/13_insight.ipynb #1381adb7
-def weights_of(
-    attention: MultiHeadAttention | nn.MultiheadAttention, *inputs: object, **named: object
-) -> Float[Tensor, "b h q s"]:
-    """The weights that an attention module would use in a forward pass, in evaluation mode.
+def weights_of(attention: nn.Module, *inputs: object, **named: object) -> object:
+    """What an attention module would look at in a forward pass, in evaluation mode.
 
     Args:
-        attention: one of ours, or torch's.
+        attention: one that answers `look`, as all of ours do, or torch's.
         inputs: arguments of its `forward`.
         named: more of them, by name.
+
+    Returns:
+        The weights (b h q s) of a dense attention; what `look` says of any other, such as points and weights.
     """
+    if not isinstance(attention, nn.MultiheadAttention):
+        return attention.look(*inputs, **named)
     told = signature(attention.forward).bind(*inputs, **named).arguments
-    if isinstance(attention, MultiHeadAttention):
-        return attention.weights(told["query"], told["key"], told.get("pad"), told.get("bias"))
     told |= {"need_weights": True, "average_attn_weights": False}
     return nn.MultiheadAttention.forward(attention, **told)[1]
 
@@ -56,12 +56,14 @@ def watching(parts: Mapping[str, Sequence[nn.Module]]) -> Iterator[dict[str, lis
         parts: the modules of each role, as `attention_parts` gives them.
 
     Yields:
-        For each role the weights (`b h q s`) of every forward pass, in the order in which they happen.
+        For each role what every forward pass looked at, in the order in which they happen: weights (`b h q s`) of
+        dense attention, what `look` says of any other.
     """
     seen = {role: [] for role in parts}
 
+    @torch.no_grad()
     def look(role: str, part: nn.Module, inputs: tuple, named: dict) -> None:
-        seen[role].append(weights_of(part, *inputs, **named).detach())
+        seen[role].append(weights_of(part, *inputs, **named))
 
     with ExitStack() as hooks:
         for role, modules in parts.items():
@@ -70,26 +72,30 @@ def watching(parts: Mapping[str, Sequence[nn.Module]]) -> Iterator[dict[str, lis
         yield seen
 
 # %% ../nbs/13_insight.ipynb #8e9bbf99
-ROLES = {  # what looks at what: names of its modules in our models, in torch's transformer, and in the authors' files
-    "encoder": r"encoder\.layers\.\d+\.(attention|self_attn)$",
-    "queries": r"decoder\.layers\.\d+\.(attention|self_attn)$",
-    "cross": r"decoder\.layers\.\d+\.(cross\.|multihead_attn$)",
+ROLES = {  # what looks at what: names of its modules in torch's transformer and in the authors' models
+    "encoder": r"encoder\.layers\.\d+\.self_attn$",
+    "queries": r"decoder\.layers\.\d+\.self_attn$",
+    "cross": r"decoder\.layers\.\d+\.multihead_attn$",
 }
 
 
 def attention_parts(model: nn.Module) -> dict[str, list[nn.Module]]:
     """The attention modules of a model by role, each role in the order of its layers.
 
+    Args:
+        model: one of ours, which knows them (`model.attentions()`), or one that is built of torch's attention.
+
     Raises:
-        ValueError: if no query looks at the image through a module that has one weight for each cell.
+        ValueError: if no query looks at the image through a module that can be asked.
     """
-    kinds = (MultiHeadAttention, nn.MultiheadAttention)
-    found = {name: part for name, part in model.named_modules() if isinstance(part, kinds)}
-    roles = {role: [part for name, part in found.items() if re.search(names, name)] for role, names in ROLES.items()}
-    if not roles["cross"]:
-        raise ValueError(f"no cross-attention in {type(model).__name__} has one weight for each cell (attention "
-                         f"modules found: {', '.join(found) or 'none'}): give a whole DETR whose decoder looks at all "
-                         "cells, or watch its parts yourself with `watching`")
+    found = {name: part for name, part in model.named_modules() if isinstance(part, nn.MultiheadAttention)}
+    by_name = {role: [part for name, part in found.items() if re.search(names, name)] for role, names in ROLES.items()}
+    roles = model.attentions() if hasattr(model, "attentions") else by_name
+    asked = [part for part in roles["cross"] if hasattr(part, "look") or isinstance(part, nn.MultiheadAttention)]
+    if not asked:
+        raise ValueError(f"no cross-attention in {type(model).__name__} can be asked what it looks at (attention "
+                         f"modules found: {', '.join(found) or 'none'}): give a whole DETR, or watch its parts "
+                         "yourself with `watching`")
     return roles
 
 # %% ../nbs/13_insight.ipynb #a71f2f10
@@ -164,9 +170,12 @@ def attention_maps(
         stack.enter_context(source.register_forward_hook(lambda part, inputs, answer: made.append(cells_of(answer))))
         seen = stack.enter_context(watching({role: parts[role] for role in roles}))
         out = model(images.to(device), None if pad is None else pad.to(device))
+    if not all(isinstance(weights, Tensor) for looks in seen.values() for weights in looks):
+        raise ValueError(f"{type(model).__name__} looks at points, not at all cells: collect them and their weights "
+                         "with `watching`")
     stacked = {role: torch.stack(seen[role]).cpu() if seen.get(role) else None for role in ROLES}
     xy, hidden, grid = made[0]
-    return AttentionMaps(**stacked, xy=xy.cpu(), pad=hidden.cpu(), grid=grid, out=Output(*(part.cpu() for part in out)))
+    return AttentionMaps(**stacked, xy=xy.cpu(), pad=hidden.cpu(), grid=grid, out=out.apply(Tensor.cpu))
 
 # %% ../nbs/13_insight.ipynb #4d142dce
 def as_grid(weights: Float[Tensor, "*n s"], grid: tuple[int, int]) -> Float[Tensor, "*n y x"]:
@@ -302,8 +311,8 @@ def predict_layers(model: nn.Module, dataset: object, batch_size: int = 16) -> t
     with evaluation_mode(model):
         for start in range(0, len(dataset), batch_size):
             batch = make_batch([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
-            out = model(batch.images.to(device), batch.pad.to(device))
-            parts.append([part.cpu() for part in out])
+            out = model(**batch.to(device).inputs()).apply(Tensor.cpu)
+            parts.append((out.logits, out.boxes))
             truths += batch.targets
     return Output(*(torch.cat(rows, 1) for rows in zip(*parts, strict=True))), truths
 
@@ -323,11 +332,6 @@ def matched_queries(
         for place, (query, target) in zip(row, layer, strict=True):
             place[target] = query
     return torch.stack([torch.cat(row) for row in rows])
-
-# %% ../nbs/13_insight.ipynb #54d75a08
-def only_layer(out: Output, layer: int) -> Output:
-    """The predictions of one decoder layer (negative numbers count from the end), for `postprocess` and the like."""
-    return Output(out.logits[layer][None], out.boxes[layer][None])
 
 # %% ../nbs/13_insight.ipynb #cc3e0255
 def count_repeats(

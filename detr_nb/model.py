@@ -4,26 +4,27 @@
 
 # %% auto #0
 __all__ = ['CARD', 'TINY', 'TINY_STRIDES', 'CONFIG', 'WEIGHTS', 'MODEL_TYPE', 'BESIDE', 'resize_padding', 'cell_centres',
-           'check_padding', 'SingleLevelMemory', 'ObjectQueries', 'columns', 'softmax_scores', 'MLP', 'Head',
-           'check_images', 'HubMixin', 'DETR', 'BackboneConfig', 'TinyConfig', 'ResNetConfig', 'HandMade', 'DETRConfig',
-           'detr', 'detr_resnet50', 'detr_resnet50_dc5', 'detr_resnet101', 'detr_resnet101_dc5', 'detr_resnet18',
-           'load_tiny_weights', 'detr_tiny', 'TinyModel', 'ResNetModel', 'postprocess', 'outline', 'describe',
-           'check_classes', 'model_config', 'damaged', 'read_json', 'read_safetensors', 'read_description',
-           'model_from_config', 'saved_model', 'from_hub', 'last_features', 'learned_grid', 'DETRDemo']
+           'check_padding', 'picture_sizes', 'SingleLevelMemory', 'Draws', 'RecordedDraws', 'ObjectQueries', 'Scored',
+           'Scores', 'SoftmaxScores', 'SigmoidScores', 'MLP', 'Head', 'PlaneBoxes', 'check_images', 'HubMixin', 'DETR',
+           'BackboneConfig', 'TinyConfig', 'ResNetConfig', 'HandMade', 'DETRConfig', 'detr', 'detr_resnet50',
+           'detr_resnet50_dc5', 'detr_resnet101', 'detr_resnet101_dc5', 'detr_resnet18', 'load_tiny_weights',
+           'detr_tiny', 'TinyModel', 'ResNetModel', 'postprocess', 'outline', 'describe', 'check_classes',
+           'model_config', 'damaged', 'read_json', 'read_safetensors', 'read_description', 'model_from_config',
+           'saved_model', 'from_hub', 'last_features', 'learned_grid', 'DETRDemo']
 
 # %% ../nbs/08_model.ipynb #8eff236c
 import json
 import os
-from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
@@ -31,10 +32,10 @@ from torch.nn import functional as F
 from torchvision.models import resnet50
 
 from .backbone import ResNet, TinyBackbone, imagenet_weights
-from .boxes import cxcywh_to_xyxy, scale_boxes
+from .boxes import cxcywh_to_xyxy, giou, pairwise_giou, scale_boxes
 from .config import Config, ConfigError, Fraction, Layers, ModelConfig, Positive, QueryCount, Width
 from .data import Preprocess
-from .notation import Memory, Number, Output, Queries, Target
+from .notation import Memory, Number, Output, Prediction, Queries, Target
 from .positions import SinePositions, grid_coordinates
 from .transformer import Decoder, DecoderLayer, Encoder, EncoderLayer
 
@@ -71,12 +72,32 @@ def check_padding(pad: Bool[Tensor, "b y x"]) -> None:
         raise ValueError(f"images {empty.nonzero().flatten().tolist()} of the batch are all padding on the "
                          f"{pad.shape[1]} x {pad.shape[2]} feature grid: pad is True where there is NO picture")
 
+# %% ../nbs/08_model.ipynb #6376df0a
+def picture_sizes(
+    pixels: Bool[Tensor, "b y x"], cells: Bool[Tensor, "b y2 x2"], stride: int
+) -> tuple[Float[Tensor, "b 1 2"], Float[Tensor, "b 1 2"]]:
+    """How much of a padded grid is picture, in two ways.
+
+    Args:
+        pixels: True where a pixel is padding.
+        cells: True where a cell is padding.
+        stride: pixels from one cell to the next.
+
+    Returns:
+        The share (x, y) of the grid in whole cells, and the size (x, y) of the picture in cells, exactly.
+    """
+    whole, exact = ((~pad).float() for pad in (cells, pixels))
+    share = torch.stack((whole[:, 0].mean(1), whole[:, :, 0].mean(1)), -1)
+    size = torch.stack((exact[:, 0].sum(1), exact[:, :, 0].sum(1)), -1) / stride
+    return share[:, None], size[:, None]
+
 # %% ../nbs/08_model.ipynb #6376df1a
 class SingleLevelMemory(nn.Module):
     """Images to tokens: backbone, projection to the model width, positions.
 
     Args:
-        backbone: maps images to a list of features, finest first; its `channels` is the width of the last.
+        backbone: maps images to a list of features, finest first; its `channels` is the width of the last, its
+            `strides` are the pixels from one cell to the next in each.
         positions: maps a padding mask to position embeddings.
         d: model width.
     """
@@ -85,27 +106,99 @@ class SingleLevelMemory(nn.Module):
         super().__init__()
         self.backbone, self.positions, self.project = backbone, positions, nn.Conv2d(backbone.channels, d, 1)
 
-    def forward(self, images: Float[Tensor, "b 3 y x"], pad: Bool[Tensor, "b y x"]) -> Memory:
-        """Read a batch of normalised images; `pad` is True where there is no picture.
+    def forward(
+        self, images: Float[Tensor, "*n 3 y x"], pad: Bool[Tensor, "*n y x"],
+        cameras: Float[Tensor, "b v 4 4"] | None = None,
+    ) -> Memory:
+        """Read a batch of normalised images, or of scenes with several views.
+
+        Args:
+            images: b 3 y x, or b v 3 y x with cameras; the tokens of all views stand in one row then.
+            pad: True where there is no picture.
+            cameras: for each view, what maps metres to shares of the padded picture; handed on.
 
         Raises:
             ValueError: if an image is all padding.
         """
-        features = self.backbone(images)
+        pixels = pad.flatten(0, -3)  # views are images of their own until their tokens meet
+        features = self.backbone(images.flatten(0, -4))
         x = self.project(features[-1])  # b d y x
         size = tuple(x.shape[-2:])
-        pad = resize_padding(pad, size)
+        pad = resize_padding(pixels, size)
         check_padding(pad)
+        valid, cells = picture_sizes(pixels, pad, self.backbone.strides[-1])
         tokens = (x.permute(0, 2, 3, 1), self.positions(pad).to(x.dtype), pad, cell_centres(pad))
-        return Memory(*(token.flatten(1, 2) for token in tokens), shapes=(size,), features=tuple(features))
+        rows = [token.flatten(1, 2) for token in tokens]
+        if cameras is not None:
+            rows = [row.unflatten(0, cameras.shape[:2]).flatten(1, 2) for row in rows]
+        return Memory(*rows, shapes=(size,), features=tuple(features), valid=valid, cells=cells, cameras=cameras)
 
 # %% ../nbs/08_model.ipynb #37848209
+class Draws:
+    """Random numbers that a model asks for in training; DETR asks for none.
+
+    They come from torch's generator, which a run seeds anew in every step, so that a run that goes on after a stop, or
+    in several processes, draws what it would have drawn.
+    """
+
+    def uniform(self, name: str, shape: Sequence[int], like: Float[Tensor, "..."]) -> Float[Tensor, "*n"]:
+        """Numbers from [0, 1), under a name for those who record them.
+
+        Args:
+            name: what is drawn.
+            shape: of the numbers.
+            like: a tensor whose device and type they take.
+        """
+        return torch.rand(tuple(shape), dtype=like.dtype, device=like.device)
+
+    def integers(
+        self, name: str, high: int, shape: Sequence[int], like: Float[Tensor, "..."]
+    ) -> Int[Tensor, "*n"]:
+        """Whole numbers from 0 to high - 1; the other arguments are those of `uniform`."""
+        return torch.randint(high, tuple(shape), device=like.device)
+
+
+class RecordedDraws(Draws):
+    """Draws that were made before, so that a model in training can be compared with another.
+
+    Args:
+        recorded: the numbers of each name.
+
+    Raises:
+        KeyError: when a name is drawn that was not recorded.
+        ValueError: when another shape is drawn than was recorded.
+    """
+
+    def __init__(self, **recorded: Shaped[Tensor, "..."]):
+        self.recorded = recorded
+
+    def take(self, name: str, shape: Sequence[int]) -> Shaped[Tensor, "*n"]:
+        """The numbers of a name."""
+        if self.recorded[name].shape != tuple(shape):
+            raise ValueError(f"draw {name!r} has shape {tuple(shape)}, but {tuple(self.recorded[name].shape)} was "
+                             "recorded")
+        return self.recorded[name]
+
+    def uniform(self, name: str, shape: Sequence[int], like: Float[Tensor, "..."]) -> Float[Tensor, "*n"]:
+        """The recorded numbers."""
+        return self.take(name, shape).to(like)
+
+    def integers(
+        self, name: str, high: int, shape: Sequence[int], like: Float[Tensor, "..."]
+    ) -> Int[Tensor, "*n"]:
+        """The recorded whole numbers."""
+        return self.take(name, shape).to(like.device)
+
+
 class ObjectQueries(nn.Module):
     """One learned vector a query, used as its position; the content starts at zero (DETR, section 3.2).
 
     Args:
         count: number of queries, the largest number of objects that can be found in one image.
         d: model width.
+
+    Attributes:
+        draws: where random numbers come from; DETR needs none.
 
     Raises:
         ValueError: if there is no query.
@@ -115,29 +208,116 @@ class ObjectQueries(nn.Module):
         super().__init__()
         if count < 1:
             raise ValueError(f"a DETR needs at least one query, got num_queries={count}")
-        self.embedding = nn.Embedding(count, d)
+        self.embedding, self.draws = nn.Embedding(count, d), Draws()
 
     def forward(self, memory: Memory, targets: Sequence[Target] | None = None) -> Queries:
         """Give every image of the batch the same queries; DETR asks neither the image nor the targets."""
         pos = self.embedding.weight.expand(memory.x.shape[0], -1, -1)
         return Queries(torch.zeros_like(pos), pos)
 
+    @property
+    def count(self) -> int:
+        """Number of queries."""
+        return self.embedding.num_embeddings
+
+    def class_maps(self) -> list[nn.Module]:
+        """Tables with a row for each class; DETR's queries have none."""
+        return []
+
+    @torch.no_grad()
+    def resize(self, count: int, keep: Sequence[int]) -> None:
+        """Change the number of queries, in place; those that are not kept are drawn as in a new model.
+
+        Args:
+            count: number of queries from now on.
+            keep: ids of the old queries that stay, in their new order; at most `count`.
+        """
+        old = self.embedding.weight
+        new = ObjectQueries(count, old.shape[1]).to(old).embedding
+        new.weight[: len(keep)] = old[list(keep)]
+        self.embedding = new
+
 # %% ../nbs/08_model.ipynb #d9b68a4e
-def columns(num_classes: int) -> int:
-    """Number of class scores: every class, and no-object in the last column.
+class Scored(NamedTuple):
+    """The answers of each image that count.
 
-    Raises:
-        ValueError: if there is no class.
+    Attributes:
+        scores: of each answer, from 0 to 1.
+        labels: class of each answer.
+        queries: id of the query that gave it.
     """
-    if num_classes < 1:
-        raise ValueError(f"a detector needs at least one class, got num_classes={num_classes} "
-                         "(no-object is added by the model: do not count it)")
-    return num_classes + 1
 
-# %% ../nbs/08_model.ipynb #2972a523
-def softmax_scores(logits: Float[Tensor, "*n c"]) -> Float[Tensor, "*n _"]:
-    """Class probabilities without those of no-object, the last column; they sum to at most 1."""
-    return logits.softmax(-1)[..., :-1]
+    scores: Float[Tensor, "b n"]
+    labels: Int[Tensor, "b n"]
+    queries: Int[Tensor, "b n"]
+
+
+class Scores(ABC):
+    """What the columns of the class head mean.
+
+    Attributes:
+        spare: columns that are no class; the last ones.
+    """
+
+    spare: int
+
+    def columns(self, num_classes: int) -> int:
+        """Number of columns: one for every class, and the spare ones.
+
+        Raises:
+            ValueError: if there is no class.
+        """
+        if num_classes < 1:
+            raise ValueError(f"a detector needs at least one class, got num_classes={num_classes} "
+                             "(no-object is added by the model: do not count it)")
+        return num_classes + self.spare
+
+    @abstractmethod
+    def __call__(self, logits: Float[Tensor, "*n c"]) -> Float[Tensor, "*n _"]:
+        """The score of every class, from 0 to 1."""
+
+    @abstractmethod
+    def select(self, logits: Float[Tensor, "b q c"]) -> Scored:
+        """The answers that count."""
+
+
+@dataclass(frozen=True)
+class SoftmaxScores(Scores):
+    """Classes compete, and no-object in the last column competes with them: DETR's scores."""
+
+    spare: ClassVar[int] = 1
+
+    def __call__(self, logits: Float[Tensor, "*n c"]) -> Float[Tensor, "*n _"]:
+        """Class probabilities without those of no-object; they sum to at most 1."""
+        return logits.softmax(-1)[..., :-1]
+
+    def select(self, logits: Float[Tensor, "b q c"]) -> Scored:
+        """One answer a query: its likeliest class."""
+        best, labels = self(logits).max(-1)
+        return Scored(best, labels, torch.arange(logits.shape[1], device=logits.device).expand_as(labels))
+
+
+@dataclass(frozen=True)
+class SigmoidScores(Scores):
+    """Each class is a question of its own, with yes or no; "nothing here" is a no to all (most descendants of DETR).
+
+    Args:
+        top: answers that are kept of an image, over all queries and classes.
+        spare: columns at the end that are never asked.
+    """
+
+    top: int = 100
+    spare: int = 0
+
+    def __call__(self, logits: Float[Tensor, "*n c"]) -> Float[Tensor, "*n _"]:
+        """The probability of every class; they need not sum to anything."""
+        return logits[..., : logits.shape[-1] - self.spare].sigmoid()
+
+    def select(self, logits: Float[Tensor, "b q c"]) -> Scored:
+        """The best answers of all queries and classes, the best first; a query may give more than one."""
+        probability = self(logits)
+        scores, places = probability.flatten(1).topk(min(self.top, probability[0].numel()))
+        return Scored(scores, places % probability.shape[-1], places // probability.shape[-1])
 
 # %% ../nbs/08_model.ipynb #d2cbb2f4
 class MLP(nn.Sequential):
@@ -157,38 +337,99 @@ class Head(nn.Module):
 
     Args:
         d: model width.
-        num_classes: number of classes, no-object not counted.
+        columns: columns of the logits; `scores.columns` counts them.
     """
 
-    def __init__(self, d: int, num_classes: int):
+    def __init__(self, d: int, columns: int):
         super().__init__()
-        self.classes, self.boxes = nn.Linear(d, columns(num_classes)), MLP(d, d, d, 4)
+        self.classes, self.boxes = nn.Linear(d, columns), MLP(d, d, d, 4)
 
     def forward(
-        self, content: Float[Tensor, "b q d"], ref: Float[Tensor, "b q r"] | None = None
-    ) -> tuple[Float[Tensor, "b q c"], Float[Tensor, "b q 4"]]:
-        """Return logits and normalised cxcywh boxes; DETR has no reference and ignores `ref`."""
-        return self.classes(content), self.boxes(content).sigmoid()
+        self, layer: int, content: Float[Tensor, "b q d"], base: Float[Tensor, "b q r"] | None = None
+    ) -> Prediction:
+        """Return logits and normalised cxcywh boxes.
+
+        Args:
+            layer: index of the decoder layer; DETR has one head for all.
+            content: normalised content of the queries.
+            base: from where boxes are counted; DETR has no reference and ignores it.
+        """
+        return Prediction(self.classes(content), self.boxes(content).sigmoid())
 
     def refine(
-        self, boxes: Float[Tensor, "b q 4"], ref: Float[Tensor, "b q r"] | None
-    ) -> Float[Tensor, "b q r"] | None:
-        """The reference of the next layer: unchanged here."""
-        return ref
+        self, layer: int, content: Float[Tensor, "b q d"], prediction: Prediction, ref: Float[Tensor, "b q r"] | None
+    ) -> tuple[Float[Tensor, "b q r"] | None, Float[Tensor, "b q r"] | None]:
+        """Where the next layer looks, and from where the next head counts: unchanged here."""
+        return ref, ref
+
+    def class_maps(self) -> list[nn.Module]:
+        """What has a row for each class and has to change with the classes."""
+        return [self.classes]
+
+    def outputs(self) -> list[nn.Linear]:
+        """The last linear maps."""
+        return [self.classes, self.boxes[-1]]
+
+# %% ../nbs/08_model.ipynb #5108fc7f
+@dataclass(frozen=True)
+class PlaneBoxes:
+    """Boxes in a picture: cxcywh as shares of the unpadded image, compared by L1 and GIoU (DETR, section 3.1).
+
+    Attributes:
+        proper: what a box of a dataset must be, in words.
+    """
+
+    proper: ClassVar[str] = "a finite cxcywh box with a size of at least 0"
+
+    def encode(self, target: Target) -> Float[Tensor, "t 4"]:
+        """The numbers that the model should predict for each object."""
+        return target["boxes"]
+
+    def valid(self, boxes: Float[Tensor, "*n 4"]) -> Bool[Tensor, "*n"]:
+        """True where a box is finite and not inside out."""
+        return boxes.isfinite().all(-1) & (boxes[..., 2:] >= 0).all(-1)
+
+    def costs(
+        self, boxes: Float[Tensor, "i b q 4"], truth: Float[Tensor, "b t 4"]
+    ) -> dict[str, Float[Tensor, "i b q t"]]:
+        """How far each prediction is from each object, by name: what the matcher weighs.
+
+        Args:
+            boxes: predicted, float32.
+            truth: of the objects, as `encode` gives them.
+        """
+        corners = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truth)
+        return {"bbox": torch.cdist(boxes, truth, p=1), "giou": -pairwise_giou(*corners)}
+
+    def losses(self, boxes: Float[Tensor, "i m 4"], truth: Float[Tensor, "i m 4"]) -> dict[str, Float[Tensor, " i"]]:
+        """The same for matched pairs, each beside its object, summed over the pairs of a layer."""
+        overlap = giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truth))
+        return {"bbox": (boxes - truth).abs().sum((1, 2)), "giou": (1 - overlap).sum(1)}
+
+    def decode(
+        self, boxes: Float[Tensor, "n 4"], size: tuple[int, int]
+    ) -> tuple[Float[Tensor, "n 4"], Bool[Tensor, " n"]]:
+        """Boxes as they are reported, xyxy in the units of `size` (height, width), and which of them may be: all."""
+        return scale_boxes(cxcywh_to_xyxy(boxes), *size), torch.ones_like(boxes[:, 0], dtype=torch.bool)
 
 # %% ../nbs/08_model.ipynb #580f6e9a
-def check_images(images: Tensor, pad: Tensor | None) -> None:
+def check_images(images: Tensor, pad: Tensor | None, cameras: Tensor | None = None) -> None:
     """Refuse a batch that the model would misread or fail on deep inside.
 
     Raises:
-        ValueError: if the images are not floats of shape b 3 y x, or the mask is not boolean of shape b y x.
+        ValueError: if the images are not floats of shape b 3 y x (b v 3 y x with cameras b v 4 4), or the mask is not
+            boolean with the axes of the images without the colours.
     """
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError("images must be one batch of normalised floats, b 3 y x (images[None] makes a batch of one); "
+    form = "b 3 y x" if cameras is None else "b v 3 y x with cameras"
+    if images.ndim != 4 + (cameras is not None) or images.shape[-3] != 3 or not images.is_floating_point():
+        raise ValueError(f"images must be one batch of normalised floats, {form} (images[None] makes a batch of one); "
                          f"got {images.dtype} of shape {tuple(images.shape)}")
-    if pad is not None and (pad.shape != images[:, 0].shape or pad.dtype != torch.bool):
-        raise ValueError(f"pad must be boolean, True where there is no picture, here {tuple(images[:, 0].shape)}; "
-                         f"got {pad.dtype} of shape {tuple(pad.shape)}")
+    if cameras is not None and cameras.shape != (*images.shape[:2], 4, 4):
+        raise ValueError(f"cameras must be one 4 x 4 matrix for each view, here {(*images.shape[:2], 4, 4)}; "
+                         f"got shape {tuple(cameras.shape)}")
+    if pad is not None and (pad.shape != images[..., 0, :, :].shape or pad.dtype != torch.bool):
+        raise ValueError("pad must be boolean, True where there is no picture, here "
+                         f"{tuple(images[..., 0, :, :].shape)}; got {pad.dtype} of shape {tuple(pad.shape)}")
 
 # %% ../nbs/08_model.ipynb #5a7e0004
 #| code-fold: true
@@ -266,12 +507,14 @@ class DETR(nn.Module, HubMixin):
     """Images in, a set of classes and boxes out (Carion et al. 2020, figure 2).
 
     Args:
-        memory: `memory(images, pad) -> Memory`.
+        memory: `memory(images, pad, cameras) -> Memory`.
         encoder: `encoder(memory) -> memory`.
-        queries: `queries(memory) -> Queries`.
+        queries: `queries(memory, targets) -> Queries`; targets are given in training only.
         decoder: `decoder(queries, memory) -> Output` of all layers.
+        scores: what the columns of the logits mean; `SoftmaxScores` if left out.
+        boxes: what the numbers of a box mean; `PlaneBoxes` if left out.
+        masks: `masks(out, read, memory) -> b q y x`, where `read` is the memory before the encoder; none if left out.
         aux_loss: return the predictions of every decoder layer, not only of the last.
-        scores: turns logits into scores of the classes, without no-object.
         config: the configuration that built it; without one a model cannot be saved in a folder.
 
     Attributes:
@@ -282,37 +525,79 @@ class DETR(nn.Module, HubMixin):
     """
 
     def __init__(
-        self, memory: nn.Module, encoder: nn.Module, queries: nn.Module, decoder: nn.Module, aux_loss: bool = True,
-        scores: Callable[[Tensor], Tensor] = softmax_scores, config: ModelConfig | None = None,
+        self, memory: nn.Module, encoder: nn.Module, queries: nn.Module, decoder: nn.Module,
+        scores: Scores | None = None, boxes: object | None = None, masks: nn.Module | None = None,
+        aux_loss: bool = True, config: ModelConfig | None = None,
     ):
         super().__init__()
-        self.memory, self.encoder, self.queries, self.decoder = memory, encoder, queries, decoder
-        self.aux_loss, self.scores, self.config = aux_loss, scores, config
+        self.memory, self.encoder, self.queries, self.decoder, self.masks = memory, encoder, queries, decoder, masks
+        self.scores, self.boxes = scores or SoftmaxScores(), boxes or PlaneBoxes()
+        self.aux_loss, self.config = aux_loss, config
         self.names: Sequence[str] | None = None
         self.category_ids: Sequence[int] | None = None
         self.preprocess, self.threshold = Preprocess(), 0.7
 
-    @property
-    def num_classes(self) -> int:
-        """Number of classes, no-object not counted."""
-        return self.decoder.head.classes.out_features - 1
-
-    def forward(self, images: Float[Tensor, "b 3 y x"], pad: Bool[Tensor, "b y x"] | None = None) -> Output:
+    def forward(
+        self, images: Float[Tensor, "*n 3 y x"], pad: Bool[Tensor, "*n y x"] | None = None,
+        targets: Sequence[Target] | None = None, cameras: Float[Tensor, "b v 4 4"] | None = None,
+    ) -> Output:
         """Detect; `[-1]` of the result is the prediction proper.
 
         Args:
-            images: normalised with the mean and standard deviation of the training images.
+            images: normalised with the mean and standard deviation of the training images; b 3 y x, or b v 3 y x of
+                scenes that several cameras saw.
             pad: True where there is padding; None if there is none.
+            targets: the truth, for models that ask about it in training; DETR does not.
+            cameras: for each view, what maps metres to shares (x, y) of the padded picture.
 
         Raises:
             ValueError: if shapes or types do not fit, or an image is all padding.
         """
-        check_images(images, pad)
+        check_images(images, pad, cameras)
         if pad is None:
-            pad = torch.zeros_like(images[:, 0], dtype=torch.bool)
-        memory = self.encoder(self.memory(images, pad))
-        out = self.decoder(self.queries(memory), memory)
-        return out if self.aux_loss else Output(out.logits[-1:], out.boxes[-1:])
+            pad = torch.zeros_like(images[..., 0, :, :], dtype=torch.bool)
+        read = self.memory(images, pad, cameras)
+        memory = self.encoder(read)
+        out = self.decoder(self.queries(memory, targets if self.training else None), memory)
+        if self.masks is not None:
+            out = out._replace(masks=self.masks(out, read, memory))
+        return out if self.aux_loss else out.layer(-1)
+
+    def postprocess(
+        self, out: Output, sizes: Sequence[tuple[int, int]] | Int[Tensor, "b 2"]
+    ) -> list[dict[str, Tensor]]:
+        """Detections of the last layer, as this model's scores and boxes are meant; see `postprocess`."""
+        return postprocess(out, sizes, self.scores, self.boxes)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; columns that are no class do not count."""
+        return self.decoder.head.class_maps()[0].out_features - self.scores.spare
+
+    @property
+    def backbone(self) -> nn.Module:
+        """What makes features of pixels."""
+        return self.memory.backbone
+
+    def class_maps(self) -> list[nn.Module]:
+        """Linear maps and tables of labels that new classes replace."""
+        return [*self.decoder.head.class_maps(), *self.queries.class_maps()]
+
+    def head_outputs(self) -> list[nn.Linear]:
+        """The last linear maps, whose outputs are the predictions."""
+        return self.decoder.head.outputs()
+
+    def blocks(self) -> list[nn.Module]:
+        """The parts of a forward pass, one after the other: stages of the backbone, and layers."""
+        layers = [part for part in self.modules() if isinstance(part, EncoderLayer | DecoderLayer)]
+        return [*self.backbone.blocks(), *layers]
+
+    def attentions(self) -> dict[str, list[nn.Module]]:
+        """What looks at what, in the order of the layers; each module answers `look`, asked as its `forward`."""
+        encoder = [part for part in self.encoder.modules() if isinstance(part, EncoderLayer)]
+        decoder = [part for part in self.decoder.modules() if isinstance(part, DecoderLayer)]
+        return {"encoder": [layer.attention for layer in encoder], "queries": [layer.attention for layer in decoder],
+                "cross": [layer.cross for layer in decoder]}
 
 # %% ../nbs/08_model.ipynb #8c0f0001
 class BackboneConfig(Config):
@@ -464,7 +749,23 @@ class DETRConfig(ModelConfig):
             queries: what `queries` returned.
         """
         layers = [DecoderLayer(*self.layer_sizes()) for _ in range(self.dec_layers)]
-        return Decoder(layers, nn.LayerNorm(self.hidden_dim), Head(self.hidden_dim, columns - 1))
+        return Decoder(layers, nn.LayerNorm(self.hidden_dim), Head(self.hidden_dim, columns))
+
+    def masks(self, memory: nn.Module) -> nn.Module | None:
+        """What maps an `Output`, and what was read before and after the encoder, to a mask of each query: nothing.
+
+        Args:
+            memory: what `memory` returned.
+        """
+        return None
+
+    def scores(self) -> Scores:
+        """What the columns of the class scores mean."""
+        return SoftmaxScores()
+
+    def boxes(self) -> object:
+        """What the numbers of a box mean."""
+        return PlaneBoxes()
 
     def build(self, num_classes: int) -> DETR:
         """Put the parts together; all but a pretrained backbone have fresh weights.
@@ -472,14 +773,15 @@ class DETRConfig(ModelConfig):
         Args:
             num_classes: number of classes, no-object not counted.
         """
-        count = columns(num_classes)
-        memory = self.memory()
+        scores, memory = self.scores(), self.memory()
+        columns = scores.columns(num_classes)
         encoder = self.encoder(memory)
         with torch.random.fork_rng(devices=[]):
-            queries = self.queries(count, memory)
-        decoder = self.decoder(count, memory, queries)
-        queries.load_state_dict(self.queries(count, memory).state_dict())  # drawn last
-        return DETR(memory, encoder, queries, decoder, self.aux_loss, config=self.architecture())
+            queries = self.queries(columns, memory)
+        decoder = self.decoder(columns, memory, queries)
+        queries.load_state_dict(self.queries(columns, memory).state_dict())  # drawn last
+        rest = (scores, self.boxes(), self.masks(memory), self.aux_loss, self.architecture())
+        return DETR(memory, encoder, queries, decoder, *rest)
 
 # %% ../nbs/08_model.ipynb #33da97a9
 def detr(
@@ -699,27 +1001,33 @@ class ResNetModel(ModelConfig):
 def postprocess(
     out: Output,
     sizes: Sequence[tuple[int, int]] | Int[Tensor, "b 2"],
-    scores: Callable[[Tensor], Tensor] = softmax_scores,
+    scores: Scores | None = None,
+    boxes: object | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Turn the last layer's predictions into detections, one for every query: no threshold, no clamping.
+    """Turn the last layer's predictions into detections: no threshold, no clamping; in DETR one for every query.
 
     Args:
         out: predictions.
         sizes: (height, width) of every image, in the units that the boxes should have.
-        scores: turns logits into scores of the classes, without no-object.
+        scores: what the columns of the logits mean; `SoftmaxScores` if left out. `model.postprocess` gives the model's.
+        boxes: what the numbers of a box mean; `PlaneBoxes` if left out.
 
     Returns:
-        For each image the `scores`, `labels` (contiguous ids) and `boxes` (xyxy, in the units of `sizes`).
+        For each image the `scores`, `labels` (contiguous ids), `boxes` (xyxy, in the units of `sizes`) and, if the
+        model makes any, `masks` (a score a pixel).
 
     Raises:
         ValueError: if there is not one size for every image.
     """
     if len(sizes) != out.boxes.shape[1]:
         raise ValueError(f"{out.boxes.shape[1]} images need as many (height, width) sizes, got {len(sizes)}")
-    best, labels = scores(out.logits[-1].float()).max(-1)  # b q
-    boxes_xyxy = cxcywh_to_xyxy(out.boxes[-1].float())
-    boxes_abs = [scale_boxes(boxes, *map(int, size)) for boxes, size in zip(boxes_xyxy, sizes, strict=True)]
-    return [{"scores": s, "labels": n, "boxes": b} for s, n, b in zip(best, labels, boxes_abs, strict=True)]
+    chosen, rule, found = (scores or SoftmaxScores()).select(out.logits[-1].float()), boxes or PlaneBoxes(), []
+    for image, size in enumerate(sizes):
+        score, labels, queries = (part[image] for part in chosen)
+        decoded, keep = rule.decode(out.boxes[-1, image].float()[queries], tuple(map(int, size)))
+        row = {"scores": score[keep], "labels": labels[keep], "boxes": decoded[keep]}
+        found.append(row if out.masks is None else {**row, "masks": out.masks[image][queries[keep]]})
+    return found
 
 # %% ../nbs/08_model.ipynb #5a7e0010
 CONFIG, WEIGHTS, MODEL_TYPE = "config.json", "model.safetensors", "detr_nb"
@@ -728,7 +1036,7 @@ CONFIG, WEIGHTS, MODEL_TYPE = "config.json", "model.safetensors", "detr_nb"
 def outline(model: DETR) -> dict[str, str]:
     """What can be seen of a model without running it: what each part prints of itself, and the shape of each weight."""
     parts = {name: f"{type(part).__name__}({part.extra_repr()})" for name, part in model.named_modules()}
-    beside = {name: repr(getattr(model, name)) for name in ("scores", "aux_loss")}
+    beside = {name: repr(getattr(model, name)) for name in ("scores", "boxes", "aux_loss")}
     return {**parts, **beside, **{name: f"of shape {tuple(value.shape)}" for name, value in model.state_dict().items()}}
 
 
@@ -937,14 +1245,19 @@ class DETRDemo(nn.Module):
             self.backbone.load_state_dict(imagenet_weights("resnet50"))
         self.conv = nn.Conv2d(2048, hidden_dim, 1)
         self.transformer = nn.Transformer(hidden_dim, nheads, enc_layers, dec_layers, batch_first=True)
-        self.linear_class, self.linear_bbox = nn.Linear(hidden_dim, columns(num_classes)), nn.Linear(hidden_dim, 4)
+        self.scores, self.boxes = SoftmaxScores(), PlaneBoxes()
+        self.linear_class = nn.Linear(hidden_dim, self.scores.columns(num_classes))
+        self.linear_bbox = nn.Linear(hidden_dim, 4)
         self.query_pos = nn.Parameter(torch.rand(100, hidden_dim))
         self.row_embed, self.col_embed = (nn.Parameter(torch.rand(50, hidden_dim // 2)) for _ in range(2))
-        self.scores, self.names, self.category_ids = softmax_scores, None, None
+        self.names, self.category_ids = None, None
         self.preprocess, self.threshold = Preprocess(), 0.7
 
-    def forward(self, images: Float[Tensor, "b 3 y x"], pad: Bool[Tensor, "b y x"] | None = None) -> Output:
-        """Detect in images of at most 1600 pixels a side; the result has one layer.
+    def forward(
+        self, images: Float[Tensor, "b 3 y x"], pad: Bool[Tensor, "b y x"] | None = None,
+        targets: Sequence[Target] | None = None,
+    ) -> Output:
+        """Detect in images of at most 1600 pixels a side; the result has one layer, and targets are not asked.
 
         Raises:
             ValueError: if anything is padded, an image is too large, or shapes do not fit.
@@ -956,4 +1269,16 @@ class DETRDemo(nn.Module):
         positions = learned_grid(self.row_embed, self.col_embed, *x.shape[-2:])
         tokens = positions + 0.1 * x.flatten(2).transpose(1, 2)  # b s d
         content = self.transformer(tokens, self.query_pos.expand(images.shape[0], -1, -1))
-        return Output(self.linear_class(content)[None], self.linear_bbox(content).sigmoid()[None])
+        return Output(self.linear_class(content)[None], self.linear_bbox(content).sigmoid()[None], content[None])
+
+    def postprocess(
+        self, out: Output, sizes: Sequence[tuple[int, int]] | Int[Tensor, "b 2"]
+    ) -> list[dict[str, Tensor]]:
+        """Detections, one a query; see `postprocess`."""
+        return postprocess(out, sizes)
+
+    def attentions(self) -> dict[str, list[nn.Module]]:
+        """What looks at what, in the order of the layers; these are torch's modules."""
+        encoder, decoder = self.transformer.encoder.layers, self.transformer.decoder.layers
+        return {"encoder": [layer.self_attn for layer in encoder], "queries": [layer.self_attn for layer in decoder],
+                "cross": [layer.multihead_attn for layer in decoder]}

@@ -8,8 +8,8 @@ __all__ = ['Rules', 'OFFICIAL', 'ALWAYS', 'OPTIONS', 'PUBLISHED', 'HUGGING_FACE'
            'settings_of', 'Checkpoint', 'unpickle_tensors', 'read_torch', 'download', 'folder_config',
            'config_settings', 'folder_preprocess', 'read_hugging_face', 'locate', 'read_checkpoint', 'our_names',
            'take_weights', 'load_pretrained', 'inferred_config', 'fresh_model', 'pretrained_model', 'predict_image',
-           'checked_ids', 'replace_head', 'inside', 'parameters_in', 'freeze', 'rate_groups', 'resize_queries',
-           'LastLayer', 'export_program', 'export_onnx']
+           'checked_ids', 'replace_rows', 'replace_head', 'inside', 'parameters_in', 'freeze', 'rate_groups',
+           'resize_queries', 'LastLayer', 'export_program', 'export_onnx']
 
 # %% ../nbs/14_pretrained.ipynb #436c01fa
 import argparse
@@ -36,13 +36,10 @@ from detr_nb.model import (
     MODEL_TYPE,
     DETRConfig,
     DETRDemo,
-    ObjectQueries,
     ResNetConfig,
     TinyModel,
-    columns,
     detr_tiny,
     from_hub,
-    postprocess,
     read_description,
     read_json,
     read_safetensors,
@@ -571,7 +568,7 @@ def predict_image(
     picture = image if isinstance(image, Tensor) else read_image(image)
     with evaluation_mode(model):
         out = model(model.preprocess(picture)[None].to(next(model.parameters())))
-    (found,) = postprocess(out, [tuple(picture.shape[1:])], model.scores)
+    (found,) = model.postprocess(out, [tuple(picture.shape[1:])])
     least = model.threshold if threshold is None else threshold
     order = found["scores"].argsort(descending=True, stable=True)
     found = {key: value[order][found["scores"][order] >= least].cpu() for key, value in found.items()}
@@ -590,12 +587,29 @@ def checked_ids(ids: Iterable[int], count: int, what: str) -> list[int]:
     return ids
 
 
-@torch.no_grad()
-def replace_head(model: DETR, num_classes: int, keep: Mapping[int, int] | None = None) -> DETR:
-    """Give a model a class head for other classes, in place; the row of no-object is kept.
+def replace_rows(table: nn.Linear | nn.Embedding, count: int, rows: Mapping[int, int]) -> None:
+    """Give a linear map or a table another number of rows, in place; rows that are not kept are drawn anew.
 
     Args:
-        model: has `decoder.head.classes`, a linear map whose last row is no-object.
+        table: has a row for each output, or for each entry.
+        count: rows from now on.
+        rows: for each new row that goes on from an old one, the old one.
+    """
+    weight, goals, sources = table.weight, list(rows), list(rows.values())
+    linear = isinstance(table, nn.Linear)
+    fresh = nn.Linear(weight.shape[1], count) if linear else nn.Embedding(count, weight.shape[1])
+    for name, value in fresh.to(weight).named_parameters():
+        value[goals] = getattr(table, name)[sources]
+        setattr(table, name, nn.Parameter(value.detach(), requires_grad=getattr(table, name).requires_grad))
+    setattr(table, "out_features" if linear else "num_embeddings", count)
+
+
+@torch.no_grad()
+def replace_head(model: DETR, num_classes: int, keep: Mapping[int, int] | None = None) -> DETR:
+    """Give a model a class head for other classes, in place; rows of no class, such as no-object's, are kept.
+
+    Args:
+        model: knows its `class_maps`: linear maps, and tables of labels, with a row for each class.
         num_classes: number of new classes, no-object not counted.
         keep: for each new class that goes on from an old one, the id of the old one.
 
@@ -605,14 +619,15 @@ def replace_head(model: DETR, num_classes: int, keep: Mapping[int, int] | None =
     Raises:
         ValueError: if there is no class, or an id in `keep` does not exist.
     """
-    old, keep = model.decoder.head.classes, keep or {}
-    new = nn.Linear(old.in_features, columns(num_classes)).to(old.weight)
-    goals = checked_ids(keep, num_classes, "new classes in keep")
-    sources = [*map(int, keep.values()), old.out_features - 1]
-    if not all(0 <= i < old.out_features - 1 for i in sources[:-1]):
-        raise ValueError(f"old classes in keep must be from 0 to {old.out_features - 2}, got {sources[:-1]}")
-    new.weight[[*goals, num_classes]], new.bias[[*goals, num_classes]] = old.weight[sources], old.bias[sources]
-    model.decoder.head.classes, model.names, model.category_ids = new, None, None
+    before, keep = model.num_classes, {new: int(old) for new, old in (keep or {}).items()}
+    model.scores.columns(num_classes)
+    checked_ids(keep, num_classes, "new classes in keep")
+    if not all(0 <= old < before for old in keep.values()):
+        raise ValueError(f"old classes in keep must be from 0 to {before - 1}, got {list(keep.values())}")
+    for table in {id(table): table for table in model.class_maps()}.values():
+        spare = len(table.weight) - before
+        replace_rows(table, num_classes + spare, {**keep, **{num_classes + i: before + i for i in range(spare)}})
+    model.names, model.category_ids = None, None
     return model
 
 # %% ../nbs/14_pretrained.ipynb #f5272d1c
@@ -687,7 +702,7 @@ def resize_queries(model: DETR, n: int, keep: Iterable[int] | None = None) -> DE
     """Give a model another number of queries, in place.
 
     Args:
-        model: has `queries.embedding`.
+        model: its queries can be resized.
         n: number of queries that it shall have.
         keep: ids of the old queries that stay, in their new order; the first that fit if left out.
 
@@ -697,13 +712,11 @@ def resize_queries(model: DETR, n: int, keep: Iterable[int] | None = None) -> DE
     Raises:
         ValueError: if `n` is less than 1, or `keep` is longer than `n` or names queries that do not exist.
     """
-    old = model.queries.embedding.weight
-    ids = checked_ids(range(min(n, len(old))) if keep is None else keep, len(old), "old queries in keep")
+    old = model.queries.count
+    ids = checked_ids(range(min(n, old)) if keep is None else keep, old, "old queries in keep")
     if len(ids) > n:
         raise ValueError(f"keep names {len(ids)} queries, but only {n} are wanted")
-    new = ObjectQueries(n, old.shape[1]).to(old)
-    new.embedding.weight[: len(ids)] = old[ids]
-    model.queries = new
+    model.queries.resize(n, ids)
     if model.config is not None:
         model.config = replace(model.config, num_queries=n)
     return model

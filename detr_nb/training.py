@@ -9,10 +9,10 @@ __all__ = ['DataSource', 'ModelSource', 'HOW', 'Watcher', 'predict_batch', 'trai
            'read_config', 'save_atomically', 'Averages', 'Run', 'log_row', 'described', 'run_state', 'agree',
            'save_run', 'deciding', 'read_state', 'check_same_run', 'resume_run', 'open_folder', 'batches',
            'default_device', 'bf16_pays', 'start', 'build_criterion', 'set_pace', 'evaluation_is_due', 'whole_batch',
-           'finite_losses', 'differentiate', 'forgetful_parts', 'recompute', 'ready_to_train', 'tensors_in',
-           'first_not_finite', 'explain_not_finite', 'running_means', 'guarded_step', 'Stopped', 'Notice', 'notice',
-           'file_problems', 'check_before', 'report', 'flat_metrics', 'train_until_done', 'find_accelerator', 'tracked',
-           'fit', 'describe_run', 'record']
+           'finite_losses', 'differentiate', 'recompute', 'ready_to_train', 'tensors_in', 'first_not_finite',
+           'explain_not_finite', 'running_means', 'guarded_step', 'Stopped', 'Notice', 'notice', 'file_problems',
+           'check_before', 'report', 'flat_metrics', 'train_until_done', 'find_accelerator', 'tracked', 'fit',
+           'describe_run', 'record']
 
 # %% ../nbs/12_training.ipynb #bb39d379
 import json
@@ -79,7 +79,7 @@ from detr_nb.data import (
     train_transform,
 )
 from .evaluation import batch_maker, evaluate
-from .losses import Denominators, SetCriterion
+from .losses import Normaliser, SetCriterion, combine, criterion_for
 from .matcher import NotFinite, explain_target, name_of
 from .measuring import Stopwatch, describe_machine, device_memory_mb, peak_memory_mb, timed_modules, timed_steps
 from .model import DETR, TinyModel, describe, resize_padding
@@ -90,10 +90,14 @@ from .shapes import EASY, SceneConfig, Scenes, render_scenes
 
 # %% ../nbs/12_training.ipynb #7fbd5eb0
 def predict_batch(model: nn.Module, batch: Batch, bf16: bool = False) -> Output:
-    """The model's predictions as float32, computed in float32 or, where that is allowed, mostly in bfloat16."""
+    """The model's predictions as float32, computed in float32 or, where that is allowed, mostly in bfloat16.
+
+    In training the model is given the targets too: descendants of DETR ask about boxes that are known.
+    """
+    known = {"targets": batch.targets} if model.training else {}
     with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
-        out = model(batch.images, batch.pad)
-    return Output(out.logits.float(), out.boxes.float())
+        out = model(**batch.inputs(), **known)
+    return out.apply(Tensor.float)
 
 
 def train_step(
@@ -103,7 +107,7 @@ def train_step(
     """One step: predict, compare, differentiate, clip, update.
 
     Args:
-        model: maps (images, pad) to an `Output`.
+        model: maps (images, pad, targets) to an `Output`.
         criterion: maps (output, targets) to named losses.
         optimizer: holds the model's parameters.
         batch: images, padding and targets on the model's device.
@@ -124,7 +128,7 @@ def train_step(
 # %% ../nbs/12_training.ipynb #c7e875c3
 def matrices(model: DETR) -> set[nn.Parameter]:
     """Weights of linear maps and convolutions, without the last maps of the head."""
-    last = {model.decoder.head.classes.weight, model.decoder.head.boxes[-1].weight}
+    last = {part.weight for part in model.head_outputs()}
     return {part.weight for part in model.modules() if isinstance(part, nn.Linear | nn.Conv2d)} - last
 
 def optimizer_groups(model: DETR, lr: Number, lr_backbone: Number, lr_muon: Number) -> list[dict]:
@@ -197,12 +201,21 @@ def shrink(batch: Batch, scale: Number) -> Batch:
         return batch
     size = [round(side * scale) for side in batch.images.shape[-2:]]
     images = interpolate(batch.images, size, mode="bilinear", antialias=True)
-    return Batch(images, resize_padding(batch.pad, tuple(size)), batch.targets)
+    return batch._replace(images=images, pad=resize_padding(batch.pad, tuple(size)))
 
-def evaluate_at(model: DETR, dataset: Dataset, scale: Number) -> dict[str, float | dict[str, float]]:
-    """COCO's metrics on pictures of the scale that the model is trained on at the moment, by all processes together."""
+def evaluate_at(
+    model: DETR, dataset: Dataset, scale: Number, measure: Callable[..., dict] = evaluate
+) -> dict[str, float | dict[str, float]]:
+    """Metrics on pictures of the scale that the model is trained on at the moment, by all processes together.
+
+    Args:
+        model: the detector.
+        dataset: what is held out.
+        scale: new side by old side of the pictures, in (0, 1].
+        measure: `measure(model, dataset, collate=, shared=)` gives the metrics; COCO's if left out.
+    """
     make_batch = batch_maker(model)
-    return evaluate(model, dataset, collate=lambda samples: shrink(make_batch(samples), scale), shared=True)
+    return measure(model, dataset, collate=lambda samples: shrink(make_batch(samples), scale), shared=True)
 
 # %% ../nbs/12_training.ipynb #db8564d1
 @runtime_checkable
@@ -238,6 +251,16 @@ class DataConfig(Config):
     @abstractmethod
     def load(self) -> tuple[TrainingData, Dataset]:
         """Return what is learned from and what is held out; the latter gives images as the model shall see them."""
+
+    def evaluate(self, model: nn.Module, dataset: Dataset, **options: object) -> dict[str, float | dict[str, float]]:
+        """The metrics that a run reports: COCO's, unless the source has its own.
+
+        Args:
+            model: the detector.
+            dataset: what is held out, as `load` gives it.
+            options: other arguments of chapter 11's `evaluate`.
+        """
+        return evaluate(model, dataset, **options)
 
 DataSource, ModelSource = DataConfig, ModelConfig  # as they were called before chapter 80
 
@@ -578,7 +601,7 @@ class Run:
     def line(self) -> str:
         """Where the run stands, for a person."""
         speed = self.step * self.config.batch_size / max(self.seconds, 1e-9)
-        ap = "".join(f" {name} {self.metrics[name]:.3f}" for name in ("AP", "AP50") if self.metrics)
+        ap = "".join(f" {name} {self.metrics[name]:.3f}" for name in ("AP", "AP50") if name in self.metrics)
         loss = "".join(f" loss {row['total']:.2f}" for row in self.history[-1:] if "total" in row)
         return f"step {self.step}{loss}{ap} {speed:.0f} images/s"
 
@@ -781,10 +804,10 @@ def start(config: TrainConfig, train: TrainingData, accelerator: Accelerator | N
     open_folder(run)
     return run
 
-def build_criterion(config: TrainConfig, num_classes: int) -> SetCriterion:
-    """The loss that the configuration asks for."""
+def build_criterion(config: TrainConfig, model: DETR) -> SetCriterion:
+    """The loss of the model's authors, with the weights that the configuration asks for."""
     names = ("cost_class", "cost_bbox", "cost_giou", "weight_ce", "weight_bbox", "weight_giou", "no_object_weight")
-    return SetCriterion(num_classes, **{name: getattr(config, name) for name in names})
+    return criterion_for(model, **{name: getattr(config, name) for name in names})
 
 def set_pace(run: Run, criterion: SetCriterion) -> None:
     """Give every parameter group its rate, and the cross-entropy its weight, for this point of the run."""
@@ -792,7 +815,7 @@ def set_pace(run: Run, criterion: SetCriterion) -> None:
     for group in run.optimizer.param_groups:
         group["lr"] = factor * group["highest_lr"]
     weight = falling_weight(run.progress, run.config.weight_ce, run.config.final_weight_ce)
-    criterion.last_layer_weights["loss_ce"] = weight
+    criterion.reweigh("loss_ce", weight)
 
 def evaluation_is_due(run: Run) -> bool:
     """True when the run has passed one more of its evenly spread evaluations."""
@@ -802,17 +825,17 @@ def evaluation_is_due(run: Run) -> bool:
 # %% ../nbs/12_training.ipynb #12de0022
 def whole_batch(
     accelerator: Accelerator, criterion: SetCriterion, parts: Sequence[Batch], queries: int
-) -> Denominators:
+) -> Normaliser:
     """What the losses of each part are divided by, so that over all parts and processes the gradient is the batch's."""
-    own = [criterion.denominators(part.targets, queries) for part in parts]
-    return Denominators(*agree(accelerator, *map(sum, zip(*own, strict=True))))
+    own = combine(sum, [criterion.normalisers(part.targets, queries) for part in parts])
+    return combine(lambda numbers: agree(accelerator, *numbers)[0], [own])
 
 def finite_losses(
-    criterion: SetCriterion, out: Output, targets: Sequence[Target], share: Denominators
+    criterion: SetCriterion, out: Output, targets: Sequence[Target], by: Normaliser
 ) -> dict[str, Tensor] | None:
     """The losses and their `total`; None if a prediction or the total is not finite."""
     try:
-        losses = criterion(out, targets, share)
+        losses = criterion(out, targets, by)
     except NotFinite:
         return None
     losses["total"] = criterion.total(losses)
@@ -824,8 +847,8 @@ def differentiate(
     """Predict, compare and differentiate a batch part by part; the gradients add up in the parameters.
 
     Args:
-        model: maps (images, pad) to an `Output`; as the accelerator prepared it.
-        criterion: maps (output, targets, share) to named losses.
+        model: maps (images, pad, targets) to an `Output`; as the accelerator prepared it.
+        criterion: maps (output, targets, by) to named losses.
         parts: this process's share of the batch, in any number of parts.
         accelerator: knows the other processes.
         bf16: compute the predictions in bfloat16 where torch's autocast allows it.
@@ -836,13 +859,13 @@ def differentiate(
     Raises:
         NotFinite: in every process, if a prediction or loss is not finite in any; gradients are incomplete then.
     """
-    sums, share, fine = {}, None, True
+    sums, by, fine = {}, None, True
     for number, part in enumerate(parts, 1):
         last = number == len(parts)
         with nullcontext() if last else accelerator.no_sync(model):
             out = predict_batch(model, part, bf16)
-            share = share or whole_batch(accelerator, criterion, parts, out.logits.shape[2])
-            losses = finite_losses(criterion, out, part.targets, share) if fine else None
+            by = by or whole_batch(accelerator, criterion, parts, out.logits.shape[2])
+            losses = finite_losses(criterion, out, part.targets, by) if fine else None
             fine = losses is not None
             if last and agree(accelerator, fine) != [1]:
                 raise NotFinite("a prediction or loss is not finite")
@@ -854,19 +877,13 @@ def differentiate(
     return sums
 
 # %% ../nbs/12_training.ipynb #12de0026
-def forgetful_parts(model: DETR) -> list[nn.Module]:
-    """Layers of the transformer, and stages of a ResNet, whose frozen norms count nothing twice."""
-    body = getattr(model.memory.backbone, "body", None)
-    stages = [getattr(body, f"layer{i}") for i in range(1, 5)] if body is not None else []
-    return [*stages, *model.encoder.layers, *model.decoder.layers]
-
 @contextmanager
 def recompute(model: DETR) -> Iterator[None]:
     """While the block runs, layers keep only their inputs and are computed again for the gradient.
 
     Source: Chen et al. 2016, by torch.utils.checkpoint.
     """
-    parts = forgetful_parts(model)
+    parts = model.blocks()
     for part in parts:
         part.forward = partial(checkpoint, part.forward, use_reentrant=False)
     try:
@@ -1045,7 +1062,8 @@ def report(run: Run, val: Dataset, scale: Number, bar: tqdm, watch: Watcher | No
     """Write a row of the log, after an evaluation if one is due, and show it to whoever looks."""
     means = run.averages.take()
     row = {name: float(value) for name, value in zip(means, agree(run.accelerator, *means.values()), strict=True)}
-    metrics = evaluate_at(run.shown, val, scale) if evaluation_is_due(run) else None
+    measure = run.config.data.evaluate
+    metrics = evaluate_at(run.shown, val, scale, measure) if evaluation_is_due(run) else None
     log_row(run, row, metrics)
     run.accelerator.log({**row, **(flat_metrics(metrics) if metrics else {})}, step=run.step)
     bar.set_postfix_str(run.line())
@@ -1077,7 +1095,7 @@ def train_until_done(
     criterion.matcher = clock.around("matching", criterion.matcher)
     with ready_to_train(run) as model, notice() as note:
         modules = {"transformer": model, "loss": criterion}
-        modules |= {} if config.compile else {"backbone": run.model.memory.backbone}
+        modules |= {} if config.compile else {"backbone": run.model.backbone}
         with timed_modules(clock, modules), timed_steps(clock, run.optimizer):
             while run.progress < 1:
                 begun = time.perf_counter()
@@ -1151,7 +1169,7 @@ def fit(config: TrainConfig, watch: Watcher | None = None) -> Run:
     check_before(train, train.names, "training data")
     check_before(val, train.names, "held-out data")
     run = start(config, train, accelerator)
-    criterion, loader = build_criterion(config, len(train.names)), train.loader(config.batch_size, config.seed)
+    criterion, loader = build_criterion(config, run.model), train.loader(config.batch_size, config.seed)
     stream = batches(loader, run.step, (accelerator.process_index, accelerator.num_processes))
     quiet = not (config.progress and accelerator.is_main_process)
     with tracked(run), tqdm(total=100, disable=quiet, bar_format="{l_bar}{bar}| {postfix}") as bar:

@@ -64,9 +64,9 @@ class AddedOnce(nn.Module):
         super().__init__()
         self.memory, self.backbone = memory, memory.backbone
 
-    def forward(self, images: Tensor, pad: Tensor) -> Memory:
+    def forward(self, images: Tensor, pad: Tensor, cameras: Tensor | None = None) -> Memory:
         """The memory; its positions are zero."""
-        made = self.memory(images, pad)
+        made = self.memory(images, pad, cameras)
         return made._replace(x=made.x + made.pos, pos=made.pos * 0)
 
 

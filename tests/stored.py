@@ -1,8 +1,8 @@
 """The state of the project before its models had one description: what was saved then must load, go on and agree.
 
-`python tests/stored.py` wrote tests/data/stored with the library of commit 2e2e108; it is not run again. The
-functions below compute with today's library what was stored. Bits are those of one kind of processor and one release of torch: there
-numbers are compared exactly, elsewhere closely.
+`python tests/stored.py` wrote tests/data/stored with the library of commit 2e2e108; it is not run again. The functions
+below compute with today's library what was stored. Bits are those of one kind of processor and one release of torch:
+there numbers are compared exactly, elsewhere closely.
 """
 
 import json
@@ -28,7 +28,8 @@ from detr_nb.shapes import EASY, Scenes  # noqa: E402
 from detr_nb.training import ShapesData, TinyModel, TrainConfig, fit  # noqa: E402
 
 STORED = Path(__file__).parent / "data" / "stored"
-SMALL = {"num_queries": 4, "widths": (16, 16, 16), "hidden_dim": 16, "nheads": 2, "dec_layers": 2, "dim_feedforward": 16}
+SMALL = {"num_queries": 4, "widths": (16, 16, 16), "hidden_dim": 16, "nheads": 2, "dec_layers": 2,
+         "dim_feedforward": 16}
 
 
 def processor() -> dict[str, str]:
@@ -67,7 +68,8 @@ def tiny_answers() -> dict[str, Tensor]:
     """Those of the small trained model on eight scenes."""
     scenes = Scenes(EASY, 8, seed=5)
     made = collate([scenes[i] for i in range(8)])
-    return answers(detr_tiny(pretrained=True), SetCriterion(6, dec_layers=3), *made)
+    return answers(detr_tiny(pretrained=True), SetCriterion(6, dec_layers=3), made.images, made.pad,
+                   made.targets)
 
 
 def reference_answers() -> dict[str, Tensor]:

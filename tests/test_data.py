@@ -724,7 +724,7 @@ def fingerprint(loader):
     """Everything a loader gives, by image, with the order."""
     return [
         (target["image_id"], target["boxes"], row[:, ~pad]) for batch in loader
-        for row, pad, target in zip(*batch, strict=True)
+        for row, pad, target in zip(batch.images, batch.pad, batch.targets, strict=True)
     ]  # fmt: skip
 
 
@@ -859,6 +859,7 @@ def test_an_empty_dataset_is_named():
         Augmented(dataset, None)
 
 
+@pytest.mark.alone
 def test_the_fast_path_is_fast():
     images = torch.randint(0, 256, (640, 3, 128, 128), dtype=torch.uint8)
     target = {"labels": torch.zeros(5, dtype=torch.int64), "boxes": torch.rand(5, 4)}

@@ -18,10 +18,9 @@ from detr_nb.matcher import (
     assign,
     class_cost,
     explain_bad_cost,
-    giou_cost,
-    l1_cost,
     pad_targets,
 )
+from detr_nb.model import PlaneBoxes
 from detr_nb.notation import Output, Target, toy_output, toy_targets
 
 counts = st.lists(st.integers(0, 4), min_size=1, max_size=4)
@@ -90,7 +89,7 @@ def test_an_image_is_matched_alone_as_in_any_company(seed, objects, company):
     out, targets = random_case(seed, 2, 6, [*objects, company])
     together = HungarianMatcher()(out, targets)
     for b in range(len(objects)):
-        alone = HungarianMatcher()(Output(*(tensor[:, b, None] for tensor in out)), targets[b : b + 1])
+        alone = HungarianMatcher()(out.apply(lambda tensor, b=b: tensor[:, b, None]), targets[b : b + 1])
         for i in range(2):
             assert all(torch.equal(x, y) for x, y in zip(together[i][b], alone[i][0], strict=True))
 
@@ -101,7 +100,7 @@ def test_shuffled_targets_and_queries_give_the_same_pairs(seed):
     generator = torch.Generator().manual_seed(seed)
     tp, qp = torch.randperm(4, generator=generator), torch.randperm(6, generator=generator)
     shuffled = HungarianMatcher()(
-        Output(*(tensor[:, :, qp] for tensor in out)), [Target(labels=target["labels"][tp], boxes=target["boxes"][tp])]
+        out.queries(qp), [Target(labels=target["labels"][tp], boxes=target["boxes"][tp])]
     )
     ((q, t),), ((q2, t2),) = HungarianMatcher()(out, [target])[0], shuffled[0]
     assert dict(zip(t.tolist(), q.tolist(), strict=True)) == dict(zip(tp[t2].tolist(), qp[q2].tolist(), strict=True))
@@ -138,11 +137,12 @@ def test_terms_by_hand():
     out, padded = toy_output(), pad_targets(toy_targets(), toy_output().boxes)
     e = math.exp
     assert math.isclose(class_cost(out, padded)[1, 0, 2, 0], -e(2.2) / (e(2.2) + e(0.2) + e(0.3)), rel_tol=1e-5)
-    assert math.isclose(l1_cost(out, padded)[1, 0, 2, 0], 0.02 + 0.02 + 0.02 + 0.04, rel_tol=1e-4)
+    far = PlaneBoxes().costs(out.boxes, padded.boxes)
+    assert math.isclose(far["bbox"][1, 0, 2, 0], 0.02 + 0.02 + 0.02 + 0.04, rel_tol=1e-4)
     # prediction 0.13..0.41 x 0.24..0.60, target 0.10..0.40 x 0.20..0.60: the hull is 0.31 x 0.40
     shared, hull = 0.27 * 0.36, 0.31 * 0.40
     union = 0.28 * 0.36 + 0.30 * 0.40 - shared
-    assert math.isclose(giou_cost(out, padded)[1, 0, 2, 0], -(shared / union - (hull - union) / hull), rel_tol=1e-4)
+    assert math.isclose(far["giou"][1, 0, 2, 0], -(shared / union - (hull - union) / hull), rel_tol=1e-4)
 
 
 def test_no_gradient_flows_through_matching():

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from detr_nb.notation import (
     AXES,
+    Memory,
     Number,
     Output,
     Target,
@@ -150,7 +151,7 @@ def test_axis_words_of_a_sample_are_found(tmp_path):
     assert axis_words(sample) == {"#b", "*n", "4", "t"}
 
 
-@pytest.mark.parametrize("path", sorted(LIBRARY.glob("[a-z]*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(LIBRARY.rglob("[a-z]*.py")), ids=lambda path: path.stem)
 def test_the_library_keeps_to_the_letters(path):
     words = {re.sub(r"^[#*?]+|\d+$", "", word) for word in axis_words(path)}
     letters = {word for word in words if len(word) == 1 and word.isalpha()}
@@ -159,7 +160,51 @@ def test_the_library_keeps_to_the_letters(path):
 
 def test_output_fields_have_the_layer_axis_before_the_batch():
     out = toy_output()
-    assert Output._fields == ("logits", "boxes") and out.logits.shape[:3] == out.boxes.shape[:3] == (2, 1, 3)
+    assert Output._fields[:2] == ("logits", "boxes") and out.logits.shape[:3] == out.boxes.shape[:3] == (2, 1, 3)
+
+
+def full_output() -> Output:
+    """An output with every field, and two extra parts: one of as many layers, one of a single layer."""
+    out = toy_output()
+    out = out._replace(content=torch.rand(2, 1, 3, 8), masks=torch.rand(1, 3, 4, 5))
+    return out._replace(extra={"same": out._replace(matches=[], repeats=2), "one": toy_output().layer(0)})
+
+
+def test_apply_reaches_every_tensor_of_an_output():
+    out = full_output()
+    changed = out.apply(lambda value: 2 * value)
+    for before, after in ((out, changed), (out.extra["same"], changed.extra["same"])):
+        for name in ("logits", "boxes", "content", "masks"):
+            assert torch.equal(getattr(after, name), 2 * getattr(before, name))
+    assert changed.extra["same"].repeats == 2 and changed.extra["same"].matches == []
+    assert changed.extra["one"].content is None
+
+
+def test_a_layer_keeps_its_axis_and_takes_extra_parts_along():
+    out = full_output()
+    assert torch.equal(out.layer(-1).boxes, out.boxes[1:]) and torch.equal(out.layer(1).masks, out.masks)
+    first = out.layer(0)
+    assert torch.equal(first.content, out.content[:1]) and first.masks is None
+    assert len(first.extra["same"].boxes) == 1 and torch.equal(first.extra["one"].boxes, out.extra["one"].boxes)
+
+
+def test_some_queries_of_an_output():
+    out = full_output()
+    some = out.queries(slice(1, 3))
+    assert torch.equal(some.logits, out.logits[:, :, 1:]) and torch.equal(some.masks, out.masks[:, 1:])
+    assert some.extra == {} and torch.equal(out.queries(torch.tensor([2, 0])).content, out.content[:, :, [2, 0]])
+
+
+def test_grids_of_levels_and_views_come_back_row_by_row():
+    shapes, cameras = ((2, 3), (1, 2)), torch.eye(4).expand(1, 2, 4, 4)
+    pictures = [torch.rand(2, 5, *shape) for shape in shapes]  # of two views
+    x = torch.cat([picture.permute(0, 2, 3, 1).flatten(0, 2) for picture in pictures])[None]
+    pad = torch.zeros(1, x.shape[1], dtype=torch.bool)
+    pad[0, 3] = True
+    memory = Memory(x, x, pad, torch.rand(1, x.shape[1], 2), shapes, (), cameras=cameras)
+    torch.testing.assert_close(memory.grids(), pictures)
+    assert memory.sides().tolist() == [[3, 2], [2, 1]]
+    assert (memory.masked().x[0, 3] == 0).all() and torch.equal(memory.masked().x[0, 4:], x[0, 4:])
 
 
 def test_an_exercise_is_open_wrong_or_right(capsys):

@@ -1,4 +1,4 @@
-"""What was saved before models had one description loads, goes on and agrees, to the bit on the same kind of processor."""
+"""What was saved before models had one description loads, goes on and agrees, to the bit on the same processor."""
 
 import json
 import shutil

@@ -8,7 +8,7 @@ from jaxtyping import TypeCheckError
 from torch import nn
 from torch.testing import assert_close
 
-from detr_nb.notation import Memory, Queries
+from detr_nb.notation import Memory, Prediction, Queries, QueryGroup
 from detr_nb.transformer import (
     Decoder,
     DecoderLayer,
@@ -16,6 +16,7 @@ from detr_nb.transformer import (
     Encoder,
     EncoderLayer,
     FeedForward,
+    QueryPosition,
     StaticQueryPosition,
     Step,
 )
@@ -32,12 +33,12 @@ class Head(nn.Module):
         super().__init__()
         self.classes, self.boxes, self.refs = nn.Linear(D, columns), nn.Linear(D, 4), []
 
-    def forward(self, content, ref):
-        self.refs.append(ref)
-        return self.classes(content), self.boxes(content).sigmoid()
+    def forward(self, layer, content, base):
+        self.refs.append(base)
+        return Prediction(self.classes(content), self.boxes(content).sigmoid())
 
-    def refine(self, boxes, ref):
-        return ref
+    def refine(self, layer, content, prediction, ref):
+        return ref, ref
 
 
 def make_memory(b=2, s=6, positions=True, padding=True, dtype=torch.float32):
@@ -166,7 +167,7 @@ def test_decoder_layer_equals_hugging_faces_with_positions():
     ours = copy_hugging_face(DecoderLayer(D, HEADS, HIDDEN), theirs)
     content, query_pos = torch.randn(2, 5, D), torch.randn(2, 5, D)
     expected = theirs(content, None, memory.pos, query_pos, memory.x, as_bias(memory.pad))
-    assert_close(ours(content, query_pos, None, None, memory), expected, rtol=1e-4, atol=1e-4)
+    assert_close(ours(content, QueryPosition(query_pos, query_pos), None, None, memory), expected, rtol=1e-4, atol=1e-4)
 
 
 # --- symmetries ---------------------------------------------------------------------------------------------------
@@ -251,7 +252,7 @@ def gradients(encoder, decoder, dropout=0.0):
     queries = Queries(queries.content.double(), queries.pos.double())
     net = nn.ModuleDict({"encoder": encoder, "decoder": decoder}).double()
     out = decoder(queries, encoder(memory))
-    loss = sum((part * torch.randn_like(part)).sum() for part in out)
+    loss = sum((part * torch.randn_like(part)).sum() for part in (out.logits, out.boxes))
     return dict(zip(dict(net.named_parameters()), torch.autograd.grad(loss, net.parameters()), strict=True))
 
 
@@ -291,7 +292,7 @@ def test_double_precision_gradients_are_right():
     memory = Memory(*(part[..., :4].double() for part in make_memory(1, 3)[:2]), torch.tensor([[False, False, True]]),
                     torch.rand(1, 3, 2), ((1, 3),), ())
     content, pos = (torch.randn(1, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(lambda c, p: layer(c, p, None, None, memory), (content, pos))
+    assert torch.autograd.gradcheck(lambda c, p: layer(c, QueryPosition(p, p), None, None, memory), (content, pos))
 
 
 # --- parts --------------------------------------------------------------------------------------------------------
@@ -332,10 +333,11 @@ def test_no_layers_pass_the_memory_on():
 
 def test_wrong_shapes_are_refused():
     layer, memory = DecoderLayer(D, HEADS, HIDDEN), make_memory()
+    here = QueryPosition(torch.zeros(2, 5, D), torch.zeros(2, 5, D))
     with pytest.raises(TypeCheckError):
-        layer(torch.zeros(2, 5, D), torch.zeros(2, 4, D), None, None, memory)
+        layer(torch.zeros(2, 5, D), QueryPosition(torch.zeros(2, 4, D), here.cross), None, None, memory)
     with pytest.raises(TypeCheckError):
-        layer(torch.zeros(2, 5, D), torch.zeros(2, 5, D), None, torch.zeros(5, 5), memory)
+        layer(torch.zeros(2, 5, D), here, None, torch.zeros(5, 5), memory)
 
 
 # --- seams --------------------------------------------------------------------------------------------------------
@@ -343,9 +345,9 @@ def test_query_position_is_asked_once_a_layer_with_what_it_needs():
     asked = []
 
     class Spy(StaticQueryPosition):
-        def forward(self, layer, content, pos, ref):
-            asked.append((layer, content.clone(), ref))
-            return super().forward(layer, content, pos, ref)
+        def forward(self, layer, content, pos, ref, memory):
+            asked.append((layer, content.clone(), memory, ref))
+            return super().forward(layer, content, pos, ref, memory)
 
     torch.manual_seed(1)
     plain = make_decoder()
@@ -354,20 +356,20 @@ def test_query_position_is_asked_once_a_layer_with_what_it_needs():
     assert_close(spied(queries, memory).boxes, plain(queries, memory).boxes)
     assert [layer for layer, *_ in asked] == [0, 1, 2]
     assert (asked[0][1] == 0).all() and not torch.equal(asked[1][1], asked[2][1])
-    assert all(ref is queries.ref for *_, ref in asked)
+    assert all(seen is memory and ref is queries.ref for *_, seen, ref in asked)
 
 
 def test_refined_references_reach_the_next_layer_and_only_it():
     class Refining(Head):
-        def refine(self, boxes, ref):
-            return boxes.detach()
+        def refine(self, layer, content, prediction, ref):
+            return prediction.boxes.detach(), prediction.boxes.detach()
 
     seen = []
 
     class Cross(DenseCrossAttention):
-        def forward(self, content, query_pos, ref, memory):
+        def forward(self, content, where, ref, memory):
             seen.append(ref)
-            return super().forward(content, query_pos, ref, memory)
+            return super().forward(content, where, ref, memory)
 
     layers = [DecoderLayer(D, HEADS, HIDDEN, cross=Cross(D, HEADS)) for _ in range(3)]
     head, start = Refining(), torch.rand(2, 5, 4)
@@ -380,13 +382,13 @@ def test_refined_references_reach_the_next_layer_and_only_it():
 
 def test_cross_attention_can_be_replaced_layer_by_layer():
     class Silence(nn.Module):
-        def forward(self, content, query_pos, ref, memory):
+        def forward(self, content, where, ref, memory):
             return torch.zeros_like(content)
 
     deaf = DecoderLayer(D, HEADS, HIDDEN, cross=Silence())
     memory, queries = make_memory(), make_queries()
     other = memory._replace(x=torch.randn_like(memory.x))
-    arguments = (queries.content, queries.pos, None, None)
+    arguments = (queries.content, QueryPosition(queries.pos, queries.pos), None, None)
     assert_close(deaf(*arguments, memory), deaf(*arguments, other))
     assert not any("cross.attention" in name for name, _ in deaf.named_parameters())
 
@@ -402,3 +404,59 @@ def test_a_self_mask_of_blocks_separates_groups_of_queries(groups, seed):
     for group in range(len(groups)):
         own = Queries(queries.content[:, member == group], queries.pos[:, member == group])
         assert_close(together[:, :, member == group], decoder(own, memory).boxes, rtol=1e-4, atol=1e-4)
+
+
+def test_what_looks_next_and_what_counts_next_may_differ():
+    """Look forward twice: the cross-attention gets a detached reference, the next head one with its gradient."""
+    class Twice(Head):
+        def forward(self, layer, content, base):
+            self.refs.append(base)
+            return Prediction(self.classes(content), (base.logit(eps=1e-3) + self.boxes(content)).sigmoid())
+
+        def refine(self, layer, content, prediction, ref):
+            return prediction.boxes.detach(), prediction.boxes
+
+    seen = []
+
+    class Cross(DenseCrossAttention):
+        def forward(self, content, where, ref, memory):
+            seen.append(ref)
+            return super().forward(content, where, ref, memory)
+
+    layers = [DecoderLayer(D, HEADS, HIDDEN, cross=Cross(D, HEADS)) for _ in range(3)]
+    head, start = Twice(), torch.rand(2, 5, 4, requires_grad=True)
+    Decoder(layers, nn.LayerNorm(D), head)(make_queries()._replace(ref=start), make_memory())
+    assert [ref.requires_grad for ref in seen] == [True, False, False]  # the loop itself detaches nothing
+    assert all(base.requires_grad for base in head.refs)
+    assert_close(seen[1:], [base.detach() for base in head.refs[1:]])
+
+
+def test_groups_are_put_aside_under_their_names_and_the_others_answer():
+    torch.manual_seed(2)
+    decoder, memory, queries = make_decoder(), make_memory(), make_queries(q=6)
+    pairs = [(torch.tensor([0]), torch.tensor([1])), (torch.tensor([]).long(), torch.tensor([]).long())]
+    groups = (QueryGroup("first", slice(0, 2), pairs, 3), QueryGroup("last", slice(5, 6)))
+    everything = decoder(queries, memory)
+    proposals = Prediction(torch.rand(2, 7, 3), torch.rand(2, 7, 4))
+    out = decoder(queries._replace(groups=groups, proposals=proposals), memory)
+    assert_close(out.boxes, everything.boxes[:, :, 2:5])
+    assert_close(out.content, everything.content[:, :, 2:5])
+    assert list(out.extra) == ["proposals", "first", "last"] and out.matches is None and out.repeats == 1
+    assert_close(out.extra["first"].logits, everything.logits[:, :, :2])
+    assert out.extra["first"].matches is pairs and out.extra["first"].repeats == 3
+    assert out.extra["proposals"].logits.shape == (1, 2, 7, 3)
+    assert not everything.extra
+
+
+def test_a_position_of_its_own_for_each_attention_and_a_bias():
+    """What is added to the self-attention does not reach the cross-attention, and a bias of minus infinity hides."""
+    layer, memory = DecoderLayer(D, HEADS, HIDDEN), make_memory(padding=False)
+    content, pos = torch.randn(2, 5, D), torch.randn(2, 5, D)
+    bias = torch.zeros(2, HEADS, 5, 6)
+    bias[..., 3] = float("-inf")
+    where = QueryPosition(torch.zeros_like(pos), pos, bias)
+    weights = layer.cross.look(content, where, None, memory)
+    assert (weights[..., 3] == 0).all()
+    others = memory._replace(x=memory.x.clone())
+    others.x[:, 3] = 100
+    assert_close(layer.cross(content, where, None, others), layer.cross(content, where, None, memory))
