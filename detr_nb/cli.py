@@ -31,6 +31,7 @@ from .config import WORDS_MODE, Config, Count, ModelConfig, QueryCount, Share, f
 from .data import PICTURES, DataError, Problem, check_data, read_image, summary
 from .evaluation import evaluate
 from .model import DETR, DETRDemo
+from .notation import Number
 from .pretrained import freeze, predict_image, pretrained_model, replace_head, resize_queries
 from .training import DataConfig, TrainConfig, default_device, fit, read_config
 
@@ -142,7 +143,7 @@ def write_rows(rows: Sequence[Mapping], file: Path) -> None:
 FAILURES = (OSError, RuntimeError, ValueError)  # files, and what models and decoders say of pictures and weights
 
 
-def predict_file(model: DETR | DETRDemo, picture: Path, result: Path, threshold: float | None) -> Found:
+def predict_file(model: DETR | DETRDemo, picture: Path, result: Path, threshold: Number | None) -> Found:
     """Look at one picture and write it with its boxes."""
     image = read_image(picture)
     found = predict_image(model, image, threshold)
@@ -302,7 +303,7 @@ def main(args: Sequence[str] | None = None) -> int:
     commands = parser.add_subcommands(dest="command")
     for name, (kind, _) in COMMANDS.items():
         commands.add_subcommand(name, command_parser(kind), help=kind.__doc__.partition("\n")[0])
-    found = parser.parse_args(args)
+    found = parser.parse_args(args, defaults=False)
     kind, function = COMMANDS[found.command]
     given = from_yaml(found[found.command].as_dict())
     try:

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['Count', 'Amount', 'Width', 'Pixels', 'Layers', 'QueryCount', 'Share', 'Fraction', 'Scale', 'Rate', 'Positive',
            'Minutes', 'KINDS', 'HOMES', 'WORDS_MODE', 'Within', 'ConfigError', 'validators', 'checked', 'refusal',
-           'complete', 'known_kinds', 'address', 'find_kind', 'Config', 'kind_word', 'plain_value', 'ModelConfig',
-           'meet_kinds', 'load_words', 'options_parser', 'from_yaml', 'to_yaml', 'parse_config', 'text_config',
-           'config_text']
+           'complete', 'known_kinds', 'address', 'find_kind', 'Config', 'over_default', 'kind_word', 'plain_value',
+           'ModelConfig', 'meet_kinds', 'load_words', 'options_parser', 'from_yaml', 'to_yaml', 'parse_config',
+           'text_config', 'config_text']
 
 # %% ../nbs/80_config.ipynb #80c00006
 import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from functools import cache, partial
 from importlib import import_module
 from inspect import isabstract
@@ -152,11 +152,12 @@ def complete(kind: type["Config"]) -> bool:
 
 
 def known_kinds(base: type["Config"]) -> dict[str, type["Config"]]:
-    """All classes that a field of the class `base` may hold; those of the library are imported for it."""
+    """The classes that people choose from for a field of the class `base`; those of the library are imported for it."""
     for home in dict.fromkeys(HOMES.values()):
         import_module(home)
-    return {name: kind for name, kind in KINDS.items()
-            if issubclass(kind, base) and name == kind.__name__ and complete(kind)}
+    found = {name: kind for name, kind in KINDS.items() if issubclass(kind, base) and complete(kind)}
+    return {name: kind for name, kind in found.items()
+            if name == kind.__name__ and (name in HOMES or not kind.__module__.startswith("detr_nb."))}
 
 
 def address(kind: type["Config"]) -> str:
@@ -193,11 +194,11 @@ class Config(ABC):  # noqa: B024 - its kinds have abstract methods of their own
     A class keyword `former` gives names under which files knew the class before.
     """
 
-    def __init_subclass__(cls, former: Sequence[str] = (), **options: object):
+    def __init_subclass__(cls, former: Sequence[str] = (), **options: object) -> None:
         super().__init_subclass__(**options)
         KINDS.update(dict.fromkeys((cls.__name__, *former), cls))
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for part in fields(self):
             object.__setattr__(self, part.name, checked(type(self), part.name, getattr(self, part.name)))
 
@@ -224,7 +225,7 @@ class Config(ABC):  # noqa: B024 - its kinds have abstract methods of their own
 
         Args:
             words: a value for each field; `kind` names the class, if it is not this one. What has a default may be
-                left out.
+                left out, also inside a nested configuration of the same class as the default.
 
         Raises:
             ConfigError: naming the first field that is unknown, missing or wrong.
@@ -239,7 +240,8 @@ class Config(ABC):  # noqa: B024 - its kinds have abstract methods of their own
         for name, part in known.items():
             if name not in words and part.default is MISSING and part.default_factory is MISSING:
                 raise ConfigError(name, f"is missing: {kind.__name__} has no default for it")
-        return kind(**{name: checked(kind, name, value) for name, value in words.items()})
+        told = {name: over_default(value, known[name], kind) for name, value in words.items()}
+        return kind(**{name: checked(kind, name, value) for name, value in told.items()})
 
     def plain(self) -> dict[str, object]:
         """The configuration as plain values, from which `read` makes an equal one.
@@ -266,6 +268,22 @@ class Config(ABC):  # noqa: B024 - its kinds have abstract methods of their own
             else:
                 found[part.name] = value
         return found
+
+
+def over_default(value: object, part: Field, kind: type[Config]) -> object:
+    """The words of a nested configuration over those of the default, if they are of the class of the default.
+
+    Args:
+        value: the words, or any other value, which is returned.
+        part: the field of `kind` that it is for.
+        kind: the class.
+    """
+    default = part.default if part.default_factory is MISSING else part.default_factory()
+    if not isinstance(value, Mapping) or not isinstance(default, Config):
+        return value
+    own, said = type(default), get_type_hints(kind)[part.name]
+    same = value["kind"] in (own.__name__, address(own)) if "kind" in value else said is own
+    return {**default.plain(), **value} if same else value
 
 
 def kind_word(kind: type[Config]) -> str:
@@ -382,7 +400,7 @@ def parse_config(kind: type[Config], words: Sequence[str]) -> Config:
         ConfigError: naming a field whose value is not allowed.
         SystemExit: if a word is no flag, or its value is of another type; the reason is printed.
     """
-    found = from_yaml(options_parser(kind).parse_args(list(words)).as_dict())
+    found = from_yaml(options_parser(kind).parse_args(list(words), defaults=False).as_dict())
     return kind.read({name: value for name, value in found.items() if name != "config"})
 
 

@@ -1037,7 +1037,7 @@ def outline(model: DETR) -> dict[str, str]:
     """What can be seen of a model without running it: what each part prints of itself, and the shape of each weight."""
     parts = {name: f"{type(part).__name__}({part.extra_repr()})" for name, part in model.named_modules()}
     beside = {name: repr(getattr(model, name)) for name in ("scores", "boxes", "aux_loss")}
-    return {**parts, **beside, **{name: f"of shape {tuple(value.shape)}" for name, value in model.state_dict().items()}}
+    return {**beside, **parts, **{name: f"of shape {tuple(value.shape)}" for name, value in model.state_dict().items()}}
 
 
 def describe(model: DETR) -> dict[str, object]:
@@ -1049,16 +1049,16 @@ def describe(model: DETR) -> dict[str, object]:
     remedy = "save the state_dict with torch.save, and build the model in your program before you load it"
     if model.config is None:
         raise ValueError(f"the model was not built by a configuration, so {CONFIG} has no words for it: {remedy}")
-    words = {**model.config.plain(), "num_classes": model.num_classes}
+    count = getattr(model, "num_classes", 1)  # an exchanged head may not know it, and is named below
     with torch.device("meta"):
-        usual = outline(model.config.build(model.num_classes))
+        usual = outline(model.config.build(count))
     found = outline(model)
     for name in [*found, *usual]:
         ours, theirs = found.get(name, "missing"), usual.get(name, "nothing")
         if ours != theirs:
             raise ValueError(f"{name or 'the model'} is {ours} where its configuration makes {theirs}, so {CONFIG} has "
                              f"no words for it: {remedy}")
-    return words
+    return {**model.config.plain(), "num_classes": count}
 
 # %% ../nbs/08_model.ipynb #5a7e0019
 def check_classes(names: Sequence[str] | None, category_ids: Sequence[int] | None, count: int) -> None:

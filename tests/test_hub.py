@@ -194,7 +194,8 @@ def test_what_lies_in_the_folder_needs_no_pickle(tmp_path):
     fresh().save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     config = json.loads((tmp_path / "config.json").read_text("utf8"))
-    assert config["backbone"] == {"kind": "TinyBackbone", "widths": [32, 64, 128], "strides": [4, 8, 8],
+    assert config["kind"] == "DETRConfig"
+    assert config["backbone"] == {"kind": "TinyConfig", "widths": [32, 64, 128], "strides": [4, 8, 8],
                                   "coordinates": False}
     assert config["names"][5] == "Käfer 5" and config["preprocess"]["size"] == [64, 80]
     assert {"num_queries", "nheads", "temperature", "pre_norm", "aux_loss", "threshold"} <= config.keys()
@@ -290,7 +291,7 @@ STRANGE = {
     learned_positions: "memory.positions is LearnedPositions", other_heads: "decoder.layers.1.cross.attention is",
     other_norm: "encoder.layers.0.feed_step.norm is", other_activation: "decoder.layers.1.feed_forward.1 is",
     other_kind: "the model is Other", other_scores: "scores is", one_part_more: "memory.extra is",
-    one_layer_after_the_norm: "decoder.layers.1.attention_step is {'pre_norm': True}",
+    one_layer_after_the_norm: "decoder.layers.1.attention_step is Step(pre_norm=True) where",
     a_deeper_class_head: "decoder.head.classes is Sequential", other_backbone: "memory.backbone is Conv2d",
     other_stage: "memory.backbone.body.layer4",
 }
@@ -349,7 +350,8 @@ DAMAGES = {
     "half the weights": (lambda f: cut(f / "model.safetensors", 0.5), ValueError, "safetensors is damaged or cut off"),
     "no weights at all": (lambda f: cut(f / "model.safetensors", 0), ValueError, "safetensors is damaged or cut off"),
     "another kind": (lambda f: edit(f, model_type="detr"), ValueError, "config.json is of a 'detr' model"),
-    "a word less": (lambda f: edit(f, nheads="gone"), ValueError, "does not describe a model (KeyError: 'nheads')"),
+    "a word less": (lambda f: edit(f, nheads="gone"), ValueError,
+                    "does not describe a model (ConfigError: nheads is missing"),
     "a wrong kind": (lambda f: edit(f, backbone={"kind": "VGG"}), ValueError, "does not describe a model"),
     "no backbone": (lambda f: edit(f, backbone=None), ValueError, "does not describe a model"),
     "wrong heads": (lambda f: edit(f, nheads=5), ValueError, "multiple of the heads"),
@@ -573,7 +575,8 @@ def test_an_official_file_makes_its_model(tmp_path):
     model, reference = pretrained_model(official_file(tmp_path)), Reference("detr_r18_small")
     exactly(output(model), output(reference.model()))
     assert not model.training and model.names[17] == "cat" and model.preprocess == Preprocess(800, 1333)
-    assert model_config(model)["backbone"] == {"kind": "ResNet", "name": "resnet18", "dilation": False}
+    assert model_config(model)["backbone"] == {"kind": "ResNetConfig", "name": "resnet18", "dilation": False,
+                                               "pretrained": False}
 
 
 @every_model

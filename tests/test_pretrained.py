@@ -145,7 +145,8 @@ def test_a_file_of_the_training_script_is_read_with_its_options(small, weights, 
     torch.save(state, tmp_path / "checkpoint.pth", _use_new_zipfile_serialization=zipped)
     model = load_pretrained(small.fresh_model(), tmp_path / "checkpoint.pth")
     close(model.state_dict(), small.state, atol=0, rtol=0)
-    assert read_checkpoint(tmp_path / "checkpoint.pth").settings == {"nheads": 8, "dilation": False, "pre_norm": False}
+    told = {"nheads": 8, "backbone.dilation": False, "pre_norm": False}
+    assert read_checkpoint(tmp_path / "checkpoint.pth").settings == told
 
 
 def test_official_models_name_the_raw_ids_of_coco(small, weights, tmp_path):
