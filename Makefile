@@ -26,6 +26,8 @@ export PYTHONUNBUFFERED := 1
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV MPLBACKEND
 
 say = @printf '\n==> %s\n' "$(1)"
+# Two processes of one thread each; tests/conftest.py says which tests stay together.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 EXECUTE := $(BIN)/python tools/execute.py
 BOOK := $(BIN)/jupyter-book build . --config book/_config.yml --toc book/_toc.yml --path-output book -W --keep-going
 
@@ -57,7 +59,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 book: env ## execute the chapters that changed and build the book
-	$(call say,book: executing what changed; the first time takes about twenty minutes on two cores)
+	$(call say,book: executing what changed; the first time takes about a quarter of an hour on two cores)
 	@$(EXECUTE)
 	@$(BOOK)
 	@printf '\nThe book is ready. Open it in a browser: %s\n' "$(PAGE)"
@@ -73,14 +75,15 @@ test: env ## everything: lint, export, every notebook in a clean build, tests
 	$(call say,book: clean build that executes every notebook once; a warning is an error)
 	@$(EXECUTE)
 	@$(BOOK)
+	@$(EXECUTE) --table
 	$(call say,tests: pytest)
-	@$(BIN)/python -m pytest
+	@$(PYTEST) --durations=10
 
 check: env ## the quick part: lint, export, the fast tests
 	@$(MAKE) lint
 	@$(MAKE) check-export
 	$(call say,tests: pytest without the slow ones)
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 lint: env ## ruff over the code and the notebooks
 	$(call say,lint: ruff on $(CODE))
@@ -97,6 +100,7 @@ export: env ## write detr_nb/ from the notebooks
 outputs: book ## write the outputs of that build into the notebooks, as GitHub shows them
 	$(call say,outputs: from the book into nbs/)
 	@$(BIN)/python tools/outputs.py
+	@$(EXECUTE) --note
 
 clean-book:
 	@rm -rf $(BUILD)

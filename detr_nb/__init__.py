@@ -15,6 +15,7 @@ _PUBLIC = {
     "SetCriterion": "losses",
     "TrainConfig": "training",
     "check_data": "data",
+    "criterion_for": "losses",
     "detr_resnet101": "model",
     "detr_resnet101_dc5": "model",
     "detr_resnet18": "model",

@@ -170,6 +170,9 @@ def attention_maps(
         stack.enter_context(source.register_forward_hook(lambda part, inputs, answer: made.append(cells_of(answer))))
         seen = stack.enter_context(watching({role: parts[role] for role in roles}))
         out = model(images.to(device), None if pad is None else pad.to(device))
+    if not all(isinstance(weights, Tensor) for looks in seen.values() for weights in looks):
+        raise ValueError(f"{type(model).__name__} looks at points, not at all cells: collect them and their weights "
+                         "with `watching`")
     stacked = {role: torch.stack(seen[role]).cpu() if seen.get(role) else None for role in ROLES}
     xy, hidden, grid = made[0]
     return AttentionMaps(**stacked, xy=xy.cpu(), pad=hidden.cpu(), grid=grid, out=out.apply(Tensor.cpu))

@@ -24,7 +24,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
@@ -141,7 +141,7 @@ class Draws:
     in several processes, draws what it would have drawn.
     """
 
-    def uniform(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+    def uniform(self, name: str, shape: Sequence[int], like: Float[Tensor, "..."]) -> Float[Tensor, "*n"]:
         """Numbers from [0, 1), under a name for those who record them.
 
         Args:
@@ -151,7 +151,9 @@ class Draws:
         """
         return torch.rand(tuple(shape), dtype=like.dtype, device=like.device)
 
-    def integers(self, name: str, high: int, shape: Sequence[int], like: Tensor) -> Int[Tensor, "*n"]:
+    def integers(
+        self, name: str, high: int, shape: Sequence[int], like: Float[Tensor, "..."]
+    ) -> Int[Tensor, "*n"]:
         """Whole numbers from 0 to high - 1; the other arguments are those of `uniform`."""
         return torch.randint(high, tuple(shape), device=like.device)
 
@@ -167,21 +169,23 @@ class RecordedDraws(Draws):
         ValueError: when another shape is drawn than was recorded.
     """
 
-    def __init__(self, **recorded: Tensor):
+    def __init__(self, **recorded: Shaped[Tensor, "..."]):
         self.recorded = recorded
 
-    def take(self, name: str, shape: Sequence[int]) -> Tensor:
+    def take(self, name: str, shape: Sequence[int]) -> Shaped[Tensor, "*n"]:
         """The numbers of a name."""
         if self.recorded[name].shape != tuple(shape):
             raise ValueError(f"draw {name!r} has shape {tuple(shape)}, but {tuple(self.recorded[name].shape)} was "
                              "recorded")
         return self.recorded[name]
 
-    def uniform(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+    def uniform(self, name: str, shape: Sequence[int], like: Float[Tensor, "..."]) -> Float[Tensor, "*n"]:
         """The recorded numbers."""
         return self.take(name, shape).to(like)
 
-    def integers(self, name: str, high: int, shape: Sequence[int], like: Tensor) -> Int[Tensor, "*n"]:
+    def integers(
+        self, name: str, high: int, shape: Sequence[int], like: Float[Tensor, "..."]
+    ) -> Int[Tensor, "*n"]:
         """The recorded whole numbers."""
         return self.take(name, shape).to(like.device)
 

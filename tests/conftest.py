@@ -1,15 +1,87 @@
-"""What every test relies on: shapes checked at run time, two threads, the same random cases each time."""
+"""What every test relies on: shapes checked at run time, its share of the cores, the same random cases each time.
 
+`make test` runs two processes (pytest-xdist), which share the cores of a small machine: one thread each. A test that
+is marked `alone` waits until nothing else runs, and has both. A file's tests stay in one process, and so do all tests
+that look at pages: they share one browser.
+"""
+
+import fcntl
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
-import hypothesis
-import torch
-from jaxtyping import install_import_hook
+SHARED = "PYTEST_XDIST_WORKER" in os.environ
+if SHARED:
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start; read when torch is imported
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from browser import CHROMIUM, Browser  # noqa: E402
+from built import HTML, need  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
 
 assert not any(name.startswith("detr_nb.") for name in sys.modules), "detr_nb was imported before the type checker"
 install_import_hook("detr_nb", "beartype.beartype")
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if SHARED else 2)
 
 hypothesis.settings.register_profile("book", derandomize=True, deadline=None, max_examples=50, database=None)
 hypothesis.settings.load_profile("book")
+
+
+@contextmanager
+def held(path: Path, how: int) -> Iterator[None]:
+    """A lock on a file or folder, until the end of the block."""
+    handle = os.open(path, os.O_RDONLY)
+    fcntl.flock(handle, how)
+    try:
+        yield
+    finally:
+        fcntl.flock(handle, fcntl.LOCK_UN)  # closing alone would leave it to processes that were forked meanwhile
+        os.close(handle)
+
+
+@contextmanager
+def turn(alone: bool) -> Iterator[None]:
+    """A test's time in the room: beside others, or with nobody beside it.
+
+    Who waits to be alone stands in the door, so that nobody else comes in before.
+    """
+    with ExitStack() as door:
+        door.enter_context(held(Path(__file__), fcntl.LOCK_EX))
+        with held(Path(__file__).parent, fcntl.LOCK_EX if alone else fcntl.LOCK_SH):
+            if not alone:
+                door.close()
+            yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Wait for the turn of a test, fixtures included."""
+    if not SHARED:
+        return (yield)
+    alone = item.get_closest_marker("alone") is not None
+    with turn(alone):
+        torch.set_num_threads(2 if alone else 1)
+        return (yield)
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in a hook of the same name
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Name the tests that stay together in one process."""
+    for item in items:
+        looks = "browser" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("browser" if looks else item.path.stem))
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory) -> Iterator[Browser]:
+    """One Chromium for all tests that look at pages."""
+    need(HTML.exists(), "the book is not built: `make book`")
+    need(CHROMIUM, "no chromium to look at the pages with")
+    browser = Browser(tmp_path_factory.mktemp("chromium"))
+    yield browser
+    browser.close()

@@ -44,9 +44,9 @@ class Drawn(DataSource):
         return series(self.count, 1), series(5, 2)
 
 
-def series(count: int, seed: int) -> MemoryDataset:
-    """Some scenes."""
-    scenes = Scenes(replace(EASY, size=64), count, seed)
+def series(count: int, seed: int, **changes: object) -> MemoryDataset:
+    """Some scenes, which may differ from the easy ones."""
+    scenes = Scenes(replace(EASY, size=64, **changes), count, seed)
     return MemoryDataset(*render_scenes(scenes, workers=1), scenes.names, scenes.category_ids)
 
 
@@ -75,18 +75,22 @@ class Deadly(DataSource):
         return Augmented(Dying(), None, Preprocess(size=(64, 64)), workers=1), series(5, 2)
 
 
+def frozen_norms(model: DETR) -> DETR:
+    """The model with every batch norm replaced by a frozen one."""
+    for part in list(model.modules()):
+        for name, child in list(part.named_children()):
+            if isinstance(child, torch.nn.BatchNorm2d):
+                setattr(part, name, FrozenBatchNorm2d(child.num_features))
+    return model
+
+
 @dataclass(frozen=True)
 class Frozen(ModelSource):
     """The small model without batch norm, whose means would differ between parts of a batch, and without dropout."""
 
     def build(self, num_classes: int) -> DETR:
         """Make it, and replace every batch norm by a frozen one."""
-        model = replace(SIZES, dropout=0.0).build(num_classes)
-        for part in list(model.modules()):
-            for name, child in list(part.named_children()):
-                if isinstance(child, torch.nn.BatchNorm2d):
-                    setattr(part, name, FrozenBatchNorm2d(child.num_features))
-        return model
+        return frozen_norms(replace(SIZES, dropout=0.0).build(num_classes))
 
 
 CONFIG = TrainConfig(Drawn(), SIZES, steps=240, batch_size=4, evaluations=2, log_every=7, ema=0.9, save_every=0.02,

@@ -1,11 +1,15 @@
 """The built book: every page is there, needs no network, and describes its pictures."""
 
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from built import HTML, listed, need
+from built import HTML, ROOT, listed, need
+
+sys.path.insert(0, str(ROOT / "book" / "_ext"))
+from chapter_map import chapter_of  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -51,11 +55,14 @@ def test_every_picture_says_what_it_shows(page):
     assert not silent, "give each a text: detr_nb.plots does, and `#| fig-alt: ...` does"
 
 
-@pytest.mark.parametrize("name", [name for name in listed() if re.fullmatch(r"nbs/\d\d_\w+", name)])
-def test_a_chapter_leads_to_the_reference(name):
+CHAPTERS = [chapter for name in listed() if (chapter := chapter_of(name))]
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.module)
+def test_a_chapter_leads_to_the_reference(chapter):
     need(HTML.exists(), "the book is not built: `make book`")
-    place = f"../book/reference.html#module-detr_nb.{name[len('nbs/00_'):]}"
-    assert f'href="{place}"' in (HTML / f"{name}.html").read_text("utf8")
+    place = f"{'../' * chapter.page.count('/')}book/reference.html#module-detr_nb.{chapter.module}"
+    assert f'href="{place}"' in (HTML / f"{chapter.page}.html").read_text("utf8")
 
 
 def test_the_front_door_leads_to_the_front_page():

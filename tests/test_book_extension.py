@@ -1,7 +1,7 @@
 """The book's own reader of notebooks: directives, and what a page depends on, so that only what changed runs again."""
 
-import importlib.util
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +14,8 @@ from sphinx import addnodes
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 
-spec = importlib.util.spec_from_file_location("detr_nb_book", ROOT / "book" / "_ext" / "detr_nb_book.py")
-extension = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(extension)
+sys.path.insert(0, str(ROOT / "book" / "_ext"))
+import detr_nb_book as extension  # noqa: E402
 
 
 def cell(source: str, **more) -> nbformat.NotebookNode:
@@ -72,25 +71,36 @@ def test_contributing_lists_every_directive_and_no_other():
 
 
 # --- what a chapter depends on ------------------------------------------------------------------------------------
+def forget() -> None:
+    extension.module_sources.cache_clear()
+    extension.file_hash.cache_clear()
+    extension.library_names.cache_clear()
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A library of four modules: `model` imports `boxes` and carries weights, `plots` and `data` stand alone."""
+    """A library: `model` imports `boxes` and carries weights, `family.dab` uses `model`, `plots` and `data` nothing."""
     files = {
-        "__init__.py": '_PUBLIC = {"detect": "model"}\n', "boxes.py": "SIDE = 1\n", "plots.py": "", "data.py": "",
-        "model.py": 'from detr_nb.boxes import SIDE\n\nFOLDER = "weights"\n', "weights/model.pt": "1",
+        "__init__.py": '_PUBLIC = {"detect": "model", "DAB": "family.dab"}\n', "boxes.py": "SIDE = 1\n",
+        "plots.py": "", "data.py": "", "weights/model.pt": "1",
+        "model.py": 'from detr_nb.boxes import SIDE\n\nFOLDER = "weights"\n',
+        "family/__init__.py": '"""Siblings."""\n', "family/static/dab.js": "0", "family/references.py": "POINT = 0\n",
+        "family/dab.py": 'from ..model import SIDE\nfrom .references import POINT\nFILE = "static/dab.js"\n'
+                         '__all__ = ["DABDecoder"]\n',
     }
     for name, text in files.items():
         (tmp_path / "detr_nb" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "detr_nb" / name).write_text(text)
     (tmp_path / "record.json").write_text("{}")
     monkeypatch.setattr(extension, "ROOT", tmp_path)
-    return tmp_path
+    forget()
+    yield tmp_path
+    forget()
 
 
 def state(text: str) -> tuple[str, set[str]]:
     """The digest and the files of a notebook as a fresh build finds them."""
-    extension.module_sources.cache_clear()
-    extension.file_hash.cache_clear()
+    forget()
     prepared, files = extension.prepare(text)
     return prepared.metadata["kernelspec"]["detr_nb"], {path.relative_to(extension.ROOT).as_posix() for path in files}
 
@@ -101,6 +111,35 @@ PAGE = notebook("#| reads: record.json\n%matplotlib inline\nfrom detr_nb import 
 def test_a_page_depends_on_what_it_imports_however_indirectly(project):
     _, files = state(PAGE)
     assert files == {"detr_nb/model.py", "detr_nb/boxes.py", "detr_nb/weights/model.pt", "record.json"}
+
+
+MODEL = {"detr_nb/model.py", "detr_nb/boxes.py", "detr_nb/weights/model.pt"}
+FAMILY = MODEL | {"detr_nb/family/dab.py", "detr_nb/family/references.py", "detr_nb/family/static/dab.js"}
+
+
+@pytest.mark.parametrize(
+    ("line", "files"),
+    [
+        ("from detr_nb.family.dab import FILE", FAMILY), ("from detr_nb.family import dab", FAMILY),
+        ("from detr_nb import DAB", FAMILY), ("import detr_nb.family.dab as dab", FAMILY),
+        ("from detr_nb.family.references import POINT", {"detr_nb/family/references.py"}),
+        ("import detr_nb.family", FAMILY), ("from detr_nb import family", FAMILY),
+        ("import detr_nb", FAMILY | {"detr_nb/plots.py", "detr_nb/data.py"}),
+        ("from detr_nb import __version__", set()), ("from torch import nn", set()),
+    ],
+)
+def test_imports_are_followed_into_packages_and_out_of_them(project, line, files):
+    assert state(notebook(line))[1] == files
+
+
+FAMILY_PAGE = notebook("from detr_nb.family.dab import FILE")
+
+
+@pytest.mark.parametrize("file", sorted(FAMILY))
+def test_an_edit_of_what_a_member_of_a_package_uses_runs_its_page_again(project, file):
+    before, _ = state(FAMILY_PAGE)
+    (project / file).write_text((project / file).read_text() + "\n")
+    assert state(FAMILY_PAGE)[0] != before
 
 
 @pytest.mark.parametrize(
@@ -118,10 +157,11 @@ def test_an_edit_runs_the_pages_again_that_it_can_change_and_no_others(project, 
 
 
 def test_another_marker_of_a_cell_changes_nothing(project):
-    (project / "detr_nb" / "boxes.py").write_text("# %% ../nbs/03_boxes.ipynb #abc\nSIDE = 1\n")
-    before, _ = state(PAGE)
-    (project / "detr_nb" / "boxes.py").write_text("# %% ../nbs/03_boxes.ipynb #def\nSIDE = 1\n")
-    assert state(PAGE)[0] == before
+    for name, page in (("boxes", PAGE), ("family/references", FAMILY_PAGE)):
+        (project / "detr_nb" / f"{name}.py").write_text("# %% ../nbs/03_boxes.ipynb #abc\nSIDE = 1\n")
+        before, _ = state(page)
+        (project / "detr_nb" / f"{name}.py").write_text("# %% ../nbs/03_boxes.ipynb #def\nSIDE = 1\n")
+        assert state(page)[0] == before
 
 
 def test_another_version_of_a_library_runs_everything_again(project, monkeypatch):
@@ -162,9 +202,24 @@ def test_the_first_mention_of_a_name_leads_to_the_reference():
     assert links == [("detr_nb.boxes.pairwise_iou", "pairwise_iou()"), ("detr_nb.boxes.box_area", "box_area")]
 
 
+def test_names_of_packages_lead_to_the_reference_too(project):
+    assert extension.library_names() == {"DABDecoder": "detr_nb.family.dab.DABDecoder"}
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("nbs/03_boxes", "boxes"), ("nbs/family/34_dab", "family.dab"), ("nbs/solutions/03_boxes", "")]
+)
+def test_a_chapter_ends_with_a_link_to_its_module(project, name, module):
+    page = new_document(name)
+    page += nodes.section("", nodes.title(text="The end"))
+    extension.link_module(SimpleNamespace(env=SimpleNamespace(docname=name)), page)
+    targets = [link["reftarget"] for link in page.findall(addnodes.pending_xref)]
+    assert targets == ([f"detr_nb.{module}"] if module else [])
+
+
 def test_names_are_those_that_one_module_exports():
     names = extension.library_names()
     assert names["HungarianMatcher"] == "detr_nb.matcher.HungarianMatcher" and "torch" not in names
     for full in names.values():
-        module, name = full.removeprefix("detr_nb.").split(".")
-        assert name in (ROOT / "detr_nb" / f"{module}.py").read_text("utf8")
+        module, _, name = full.removeprefix("detr_nb.").rpartition(".")
+        assert name in extension.module_path(module).read_text("utf8")

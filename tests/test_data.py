@@ -859,6 +859,7 @@ def test_an_empty_dataset_is_named():
         Augmented(dataset, None)
 
 
+@pytest.mark.alone
 def test_the_fast_path_is_fast():
     images = torch.randint(0, 256, (640, 3, 128, 128), dtype=torch.uint8)
     target = {"labels": torch.zeros(5, dtype=torch.int64), "boxes": torch.rand(5, 4)}

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from browser import CHROMIUM, Browser
 from built import HTML, need
 from scipy.optimize import linear_sum_assignment
 from torch.testing import assert_close
@@ -208,7 +207,7 @@ def test_without_anywidget_the_message_says_what_to_install():
 
 
 def test_nothing_else_of_the_library_needs_the_explorables():
-    for path in (ROOT / "detr_nb").glob("*.py"):
+    for path in (ROOT / "detr_nb").rglob("*.py"):
         names = {getattr(node, "module", "") or "" for node in ast.walk(ast.parse(path.read_text("utf8")))
                  if isinstance(node, ast.ImportFrom)}
         assert not any("explorables" in name for name in names), path.name
@@ -273,15 +272,6 @@ def test_recording_leaves_the_model_as_it_was():
 
 
 # --- in a browser -------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    need(CHROMIUM, "no chromium to look at the page with")
-    need((HTML / PAGE).exists(), "the book is not built: `make book`")
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
-
-
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/favicon.ico":  # every browser asks for one

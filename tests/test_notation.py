@@ -151,7 +151,7 @@ def test_axis_words_of_a_sample_are_found(tmp_path):
     assert axis_words(sample) == {"#b", "*n", "4", "t"}
 
 
-@pytest.mark.parametrize("path", sorted(LIBRARY.glob("[a-z]*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(LIBRARY.rglob("[a-z]*.py")), ids=lambda path: path.stem)
 def test_the_library_keeps_to_the_letters(path):
     words = {re.sub(r"^[#*?]+|\d+$", "", word) for word in axis_words(path)}
     letters = {word for word in words if len(word) == 1 and word.isalpha()}

@@ -5,7 +5,6 @@ from importlib.resources import files
 from importlib.util import find_spec
 
 import pytest
-from browser import CHROMIUM, Browser
 from built import HTML, listed, need
 
 PICTURES = HTML.parent / "screenshots"
@@ -14,15 +13,6 @@ SIZES = {"wide": (1200, 900), "phone": (390, 844)}
 KNOWN = ("Got invalid theme mode: . Resetting to auto.", "favicon.ico")
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    need(HTML.exists(), "the book is not built: `make book`")
-    need(CHROMIUM, "no chromium to look at the pages with")
-    browser = Browser(tmp_path_factory.mktemp("chromium"))
-    yield browser
-    browser.close()
 
 
 @pytest.fixture(scope="module", params=listed())

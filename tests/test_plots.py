@@ -1,7 +1,5 @@
 """The drawing helpers: what they draw stands where it should, and nothing leaks out of them."""
 
-import re
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import matplotlib
@@ -14,13 +12,10 @@ from torchvision.ops import box_convert
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.font_manager import FontProperties  # noqa: E402
-from matplotlib.textpath import TextPath  # noqa: E402
 
 from detr_nb import plots  # noqa: E402
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
-SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture(autouse=True)
@@ -179,56 +174,12 @@ def test_the_style_stays_inside_the_helpers():
     assert plt.gcf().get_dpi() == 110 and matplotlib.colors.to_hex(plt.gcf().get_facecolor()) == "#ffffff"
 
 
-@pytest.mark.parametrize("noun", plots.PLACES)
-def test_the_map_lights_one_chapter_and_says_which(noun):
-    picture = plots.pipeline(noun)
-    svg, about = picture._repr_svg_()
-    tree = ElementTree.fromstring(svg)
-    lit = [box for box in tree.iter(f"{SVG}rect") if box.get("fill") == plots.PALETTE[0]]
-    assert len(lit) == 1
-    assert tree.get("role") == "img" and noun in tree.get("aria-label") == tree.find(f"{SVG}title").text
-    assert about == {"alt": repr(picture)} == {"alt": tree.get("aria-label")}
-
-
-def test_the_map_refuses_what_is_no_chapter():
-    with pytest.raises(ValueError, match="'matching'.*matcher"):
-        plots.pipeline("matching")
-
-
-def test_the_boxes_of_the_map_stand_apart_inside_and_hold_their_words():
-    tree = ElementTree.fromstring(plots.pipeline("model").svg)
-    width, height = (float(v) for v in tree.get("viewBox").split()[2:])
-    rects = [rect for rect in tree.iter(f"{SVG}rect") if rect.get("x")]
-    boxes = [[float(rect.get(k)) for k in ("x", "y", "width", "height")] for rect in rects]
-    assert len(boxes) == len(plots.PLACES)
-    for place, (x, y, w, h) in enumerate(boxes):
-        assert 0 < x < x + w < width and 0 < y < y + h < height
-        assert all(x + w < x2 or x2 + w2 < x or y + h < y2 or y2 + h2 < y for x2, y2, w2, h2 in boxes[:place])
-    for text in tree.iter(f"{SVG}text"):  # DejaVu is wider than the sans-serif fonts of browsers
-        font = FontProperties(family="DejaVu Sans", weight=text.get("font-weight", "normal"))
-        assert TextPath((0, 0), text.text, float(text.get("font-size")), prop=font).get_extents().width < boxes[0][2]
-
-
-def test_the_arrows_of_the_map_join_neighbours():
-    for start, end in plots.ARROWS:
-        (*_, column, row), (*_, column_end, row_end) = plots.PLACES[start], plots.PLACES[end]
-        assert abs(column - column_end) + abs(row - row_end) == 1, (start, end)
-
-
-def test_the_map_names_chapters_as_their_files_do():
-    numbers = {noun: number for noun, (number, *_) in plots.PLACES.items()}
-    files = {match[2]: match[1] for file in NBS.glob("*.ipynb") if (match := re.match(r"(\d\d)_(\w+)", file.stem))}
-    assert files and all(numbers[noun] == number for noun, number in files.items() if noun in numbers)
-
-
 @pytest.mark.slow
 def test_every_cell_of_a_notebook_shows_its_figure():
     """In a fresh kernel, where the first figure also switches matplotlib on."""
-    calls = ["axes_grid(2)", "bars({'a': 1})", "show_images([__import__('torch').rand(3, 8, 8)])", "pipeline('boxes')"]
-    cells = [nbformat.v4.new_code_cell(f"import detr_nb.plots as p; p.{call};") for call in calls[:-1]]
-    cells.append(nbformat.v4.new_code_cell(f"p.{calls[-1]}"))
+    calls = ["axes_grid(2)", "bars({'a': 1})", "show_images([__import__('torch').rand(3, 8, 8)])"]
+    cells = [nbformat.v4.new_code_cell(f"import detr_nb.plots as p; p.{call};") for call in calls]
     book = nbformat.v4.new_notebook(cells=cells)
     nbclient.NotebookClient(book, kernel_name="python3", resources={"metadata": {"path": str(NBS.parent)}}).execute()
     shown = [sorted(key for out in cell.outputs for key in out.data if key.startswith("image")) for cell in book.cells]
-    assert shown == [["image/png"]] * 3 + [["image/svg+xml"]]
-    assert "boxes" in book.cells[-1].outputs[0].metadata["image/svg+xml"]["alt"]
+    assert shown == [["image/png"]] * 3

@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from graphlib import TopologicalSorter
 from importlib.metadata import distribution, distributions
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -23,9 +25,9 @@ import detr_nb
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "detr_nb"
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
-CHAPTERS = [path for path in NOTEBOOKS if path.parent.name == "nbs"]
-MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if not path.stem.startswith("_")}
-NUMBERS = {path.stem.split("_", 1)[1]: int(path.stem.split("_", 1)[0]) for path in CHAPTERS}
+CHAPTERS = [path for path in NOTEBOOKS if path.relative_to(ROOT / "nbs").parts[0] not in ("experiments", "solutions")]
+MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+           for path in PACKAGE.rglob("*.py") if not path.stem.startswith("_")}
 DEVELOPMENT_TOOLS = {"nbdev", "fastcore", "execnb", "jupyter_book", "IPython", "pytest", "hypothesis", "beartype"}
 
 
@@ -35,6 +37,14 @@ def name_of(path: Path) -> str:
 
 def read(path: Path) -> dict:
     return json.loads(path.read_text("utf8"))
+
+
+def module_of(chapter: Path) -> str:
+    """The module that a chapter exports: nbs/09_matcher is `matcher`, nbs/family/34_dab is `family.dab`."""
+    return ".".join([*chapter.relative_to(ROOT / "nbs").parts[:-1], chapter.stem.split("_", 1)[1]])
+
+
+NUMBERS = {module_of(path): int(path.stem.split("_", 1)[0]) for path in CHAPTERS}
 
 
 def code_cells(notebook: dict) -> list[str]:
@@ -76,14 +86,14 @@ def settings() -> configparser.SectionProxy:
     return parser["DEFAULT"]
 
 
-def imports(tree: ast.AST) -> list[tuple[str, list[str]]]:
-    """Every import of a module as (full module name, names taken from it)."""
+def imports(tree: ast.AST, package: str = "detr_nb") -> list[tuple[str, list[str]]]:
+    """Every import as (full module name, names taken from it), seen from a module of `package`."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found += [(alias.name, []) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            module = "detr_nb" + (f".{node.module}" if node.module else "") if node.level else node.module
+            module = resolve_name("." * node.level + (node.module or ""), package)
             found.append((module, [alias.name for alias in node.names]))
     return found
 
@@ -101,9 +111,21 @@ def test_quarto_lists_the_same_chapters_in_the_same_order():
     assert listed == [file for file in book_order() if file.startswith("nbs/")]
 
 
+def solutions_of(chapter: Path) -> Path:
+    """The notebook with the answers to a chapter: nbs/solutions/ has the folders of nbs/."""
+    return ROOT / "nbs" / "solutions" / chapter.relative_to(ROOT / "nbs")
+
+
 def test_every_solution_belongs_to_a_chapter():
-    names = {path.name for path in CHAPTERS}
-    assert [name_of(path) for path in NOTEBOOKS if path.parent.name == "solutions" and path.name not in names] == []
+    expected = {solutions_of(path) for path in CHAPTERS}
+    solutions = [path for path in NOTEBOOKS if ROOT / "nbs" / "solutions" in path.parents]
+    assert solutions and [name_of(path) for path in solutions if path not in expected] == []
+
+
+def test_every_number_is_the_number_of_one_chapter_and_stands_in_order():
+    assert len(set(NUMBERS.values())) == len(CHAPTERS)
+    listed = [file for file in book_order() if ROOT / f"{file}.ipynb" in CHAPTERS]
+    assert listed == sorted(listed, key=lambda file: Path(file).name)
 
 
 # --- notebooks ----------------------------------------------------------------------------------------------------
@@ -114,7 +136,7 @@ def default_exports(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=name_of)
 def test_a_chapter_exports_the_module_of_its_name(path):
-    assert default_exports(path) == [path.stem.split("_", 1)[1]]
+    assert default_exports(path) == [module_of(path)]
 
 
 @pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path not in CHAPTERS], ids=name_of)
@@ -155,9 +177,8 @@ def test_a_chapter_ends_with_recap_exercises_and_next(path):
     assert 3 <= len(re.findall(r"^- ", section(text, "Recap"), re.M)) <= 6
     exercises = set(re.findall(r"^(?:\*\*)?(\d)\. ", section(text, "Exercises"), re.M))
     assert exercises in [set("123"), set("1234"), set("12345")]
-    solutions = path.parent / "solutions" / path.name
     if path.stem != "00_notation":  # whose short answers are folded away on its own page
-        assert set(re.findall(r"^## (\d)\.", prose(solutions), re.M)) == exercises
+        assert set(re.findall(r"^## (\d)\.", prose(solutions_of(path)), re.M)) == exercises
 
 
 # The training chapter reads its own clock, so it checks the library and not its own cells.
@@ -178,18 +199,6 @@ def test_the_front_page_and_the_chapters_agree_on_the_minutes():
     assert 17 < sum(map(int, rows.values())) / 60 < 18 and "Between seventeen and eighteen hours" in front
 
 
-def test_the_map_shows_every_chapter():
-    places = next(ast.literal_eval(node.value) for node in ast.parse((PACKAGE / "plots.py").read_text("utf8")).body
-                  if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "PLACES")
-    shown = {f"{number}_{noun}" for noun, (number, *_) in places.items()}
-    assert {path.stem for path in CHAPTERS if path.stem < "90"} <= shown <= {path.stem for path in CHAPTERS}
-
-
-# Appendices that any chapter may build on, because they know nothing of a detector.
-FOUNDATIONS = ("muon", "measuring")
-KNOWS_ONLY = {"plots": ("notation", "boxes"), "muon": ("notation",), "measuring": ()}
-
-
 # --- the library --------------------------------------------------------------------------------------------------
 # Tensors whose annotation names no shape, and why.
 SHAPELESS = {
@@ -198,6 +207,7 @@ SHAPELESS = {
     "RandomSizeCrop.transform.return": "the same part",
     "ShortSide.transform.part": "an image, boxes or masks", "ShortSide.transform.return": "the same part",
     "check_images.images": "the check of the shape", "check_images.pad": "the check of the shape",
+    "check_images.cameras": "the check of the shape",
     "coco_segmentation.mask": "pycocotools checks it",
 }
 
@@ -236,20 +246,79 @@ def test_every_module_has_a_chapter_and_every_chapter_a_module():
     assert sorted(MODULES) == sorted(NUMBERS)
 
 
+def test_a_package_has_a_line_of_documentation_and_no_code():
+    for path in PACKAGE.rglob("*/__init__.py"):
+        tree = ast.parse(path.read_text("utf8"))
+        line = ast.get_docstring(tree) or ""
+        assert len(tree.body) == 1 and line and "\n" not in line, f"{name_of(path)} holds a docstring of one line"
+
+
+# --- who may import whom ------------------------------------------------------------------------------------------
+def taken(module: str) -> dict[str, list[str]]:
+    """The modules of the library that a module imports, and the names taken from each."""
+    package = f"detr_nb.{module}".rpartition(".")[0]
+    found = imports(ast.parse(MODULES[module].read_text("utf8")), package)
+    return {source.removeprefix("detr_nb."): names for source, names in found if source.startswith("detr_nb.")}
+
+
+def may_import(number: int, other: int) -> bool:
+    """May the chapter of a number import the chapter of another one in its exported cells?"""
+    if number in (92, 93, 94):  # downloads, optimizer, measuring: they know nothing of a detector
+        return other == 0
+    if other in (92, 93, 94):
+        return True
+    if number >= 90:
+        return other < 90
+    if number >= 80:  # the workshop
+        return other <= 10 or 80 <= other < number
+    return other < number or 80 <= other < 90
+
+
+@pytest.mark.parametrize(
+    ("number", "other", "allowed"),
+    [
+        (12, 5, True), (12, 12, False), (12, 13, False), (12, 86, True), (12, 93, True), (12, 90, False),
+        (82, 10, True), (82, 11, False), (82, 80, True), (82, 83, False), (82, 94, True), (82, 90, False),
+        (92, 0, True), (92, 3, False), (94, 93, False), (90, 42, True), (91, 8, True), (91, 90, False), (96, 92, True),
+    ],
+)
+def test_the_rule_of_imports(number, other, allowed):
+    assert may_import(number, other) == allowed
+
+
+# Imports that break the rule, and why.
+EXCEPTIONS = {("explorables", "plots"): "the still pictures of its figures are drawn as all others are"}
+
+
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_a_module_imports_by_name_from_smaller_chapters_only(module):
-    for source, names in imports(ast.parse(MODULES[module].read_text("utf8"))):
-        package, _, other = source.partition(".")
+def test_a_module_imports_the_chapters_that_it_may(module):
+    broken = {(module, other) for other in taken(module) if not may_import(NUMBERS[module], NUMBERS[other])}
+    assert broken == {pair for pair in EXCEPTIONS if pair[0] == module}
+
+
+def test_imports_run_in_no_circle():
+    order = list(TopologicalSorter({module: taken(module) for module in MODULES}).static_order())
+    assert sorted(order) == sorted(MODULES)
+
+
+def test_the_workshop_does_not_know_detr_by_name():
+    for module in (module for module, number in NUMBERS.items() if 80 <= number < 90):
+        tree = ast.parse(MODULES[module].read_text("utf8"))
+        names = {getattr(node, "id", None) or getattr(node, "attr", None) for node in ast.walk(tree)}
+        assert "DETR" not in names | {name for names in taken(module).values() for name in names}, module
+
+
+def test_the_pictures_know_no_model():
+    assert taken("plots").keys() <= {"notation", "boxes"}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_imports_by_name_and_no_development_tool(module):
+    package = f"detr_nb.{module}".rpartition(".")[0]
+    for source, names in imports(ast.parse(MODULES[module].read_text("utf8")), package):
         assert "*" not in names, f"{module} imports everything from {source}"
-        assert package not in DEVELOPMENT_TOOLS, f"{module} imports {source}, a development tool"
-        if package != "detr_nb":
-            continue
-        assert other, f"{module} imports {names} from the package: name the chapter"
-        allowed = KNOWS_ONLY.get(module)
-        if allowed is not None:
-            assert other in allowed, f"{module} knows {allowed} only, not {other}"
-        elif other not in FOUNDATIONS:
-            assert NUMBERS[other] < NUMBERS[module], f"{module} imports the later chapter {other}"
+        assert source.partition(".")[0] not in DEVELOPMENT_TOOLS, f"{module} imports {source}, a development tool"
+        assert source != "detr_nb", f"{module} imports {names} from the package: name the chapter"
 
 
 def run(code: str) -> str:
@@ -271,6 +340,7 @@ def test_the_public_names_load_no_plotting_and_no_compiler():
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_all_public_names_cost_little_more_than_torch_and_torchvision():
     """The best of three, each in a process of its own; the bound leaves room for a busy machine."""
     clock = "import time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
@@ -381,6 +451,9 @@ def test_the_library_alone_brings_no_notebook_tool_however_indirectly():
 def test_the_wheel_holds_the_package_and_asks_for_no_development_tool(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(PACKAGE, source / "detr_nb", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("__init__.py", "dab.py", "static/dab.js", "weights/dab.pt"):  # a package with data of its own
+        (source / "detr_nb" / "family" / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / "detr_nb" / "family" / name).touch()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     command = [sys.executable, "-m", "pip", "wheel", str(source), "--no-deps", "--no-build-isolation", "--quiet"]
@@ -388,11 +461,8 @@ def test_the_wheel_holds_the_package_and_asks_for_no_development_tool(tmp_path):
     with zipfile.ZipFile(next(tmp_path.glob("detr_nb-*.whl"))) as wheel:
         names = set(wheel.namelist())
         metadata = wheel.read(next(name for name in names if name.endswith(".dist-info/METADATA"))).decode()
-    expected = {path for path in PACKAGE.glob("*.py")} | {PACKAGE / "py.typed"}
-    for folder in ("static", "weights"):
-        files = (path for path in (PACKAGE / folder).rglob("*") if path.is_file())
-        expected |= {path for path in files if "__pycache__" not in path.parts and not path.name.startswith(".")}
-    assert {path.relative_to(ROOT).as_posix() for path in expected} <= names
+    files = (path.relative_to(source) for path in (source / "detr_nb").rglob("*") if path.is_file())
+    assert {path.as_posix() for path in files if not path.name.startswith(".")} <= names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"detr_nb"}
     required = re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra ==)", metadata, re.M)
     assert {"torch", "torchvision", "pycocotools"} <= set(required)
@@ -402,8 +472,8 @@ def test_the_wheel_holds_the_package_and_asks_for_no_development_tool(tmp_path):
 # --- pages at the back --------------------------------------------------------------------------------------------
 def test_the_reference_has_every_module_and_every_public_name():
     text = (ROOT / "book" / "reference.md").read_text("utf8")
-    assert sorted(re.findall(r"automodule:: detr_nb\.(\w+)", text)) == sorted(MODULES)
-    rows = re.findall(r"^\| (`.+`) \| `(\w+)` \|$", text, re.M)
+    assert sorted(re.findall(r"automodule:: detr_nb\.([\w.]+)", text)) == sorted(MODULES)
+    rows = re.findall(r"^\| (`.+`) \| `([\w.]+)` \|$", text, re.M)
     assert {name: module for names, module in rows for name in re.findall(r"`(\w+)`", names)} == detr_nb._PUBLIC
 
 

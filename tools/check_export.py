@@ -1,6 +1,7 @@
-"""Check that detr_nb/ is what the notebooks export.
+"""Check that detr_nb/ is what the notebooks export, its packages included.
 
-The export is made in a temporary copy, so that the check changes nothing and needs no git.
+The export is made in a temporary copy, so that the check changes nothing and needs no git. Written by hand is the
+`__init__.py` of each package; the export adds an empty one where there is none.
 """
 
 import difflib
@@ -13,7 +14,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "detr_nb"
-BY_HAND = {"__init__.py"}
+BY_HAND = "__init__.py"
+
+
+def python_files(package: Path) -> set[Path]:
+    """The Python files of a package and of the packages inside, by their paths in it."""
+    return {path.relative_to(package) for path in package.rglob("*.py")}
 
 
 def export_copy(folder: Path) -> Path:
@@ -23,8 +29,7 @@ def export_copy(folder: Path) -> Path:
     shutil.copytree(ROOT / "nbs", folder / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     package = folder / PACKAGE
     package.mkdir()
-    for name in BY_HAND:
-        shutil.copy(ROOT / PACKAGE / name, package / name)
+    shutil.copy(ROOT / PACKAGE / BY_HAND, package)
     tool = Path(sys.executable).with_name("nbdev_export")
     subprocess.run([str(tool)], cwd=folder, check=True, env=os.environ | {"PYTHONWARNINGS": "ignore"})
     return package
@@ -32,15 +37,14 @@ def export_copy(folder: Path) -> Path:
 
 def differences(exported: Path, committed: Path) -> list[str]:
     """One entry a file that differs, with the first lines of the difference."""
-    names = {path.name for folder in (exported, committed) for path in folder.glob("*.py")}
     found = []
-    for name in sorted(names):
+    for name in sorted(python_files(exported) | python_files(committed)):
         new, old = exported / name, committed / name
         if not old.exists():
             found.append(f"{PACKAGE}/{name} is missing")
         elif not new.exists():
             found.append(f"{PACKAGE}/{name} is exported by no notebook")
-        elif new.read_text("utf8") != old.read_text("utf8"):
+        elif (name.name != BY_HAND or name == Path(BY_HAND)) and new.read_text("utf8") != old.read_text("utf8"):
             lines = difflib.unified_diff(
                 old.read_text("utf8").splitlines(),
                 new.read_text("utf8").splitlines(),

@@ -8,7 +8,8 @@ It does seven things:
   the same files become Sphinx dependencies of the page (`note_sources`);
 - gives every widget the still picture of its output for readers without scripts (`keep_stills`);
 - takes the repository's address from settings.ini (`set_repository`);
-- draws the map of the chapters, each box a link (`ChapterMap`, `link_map`);
+- draws the map of the chapters from the table of contents, each box a link (`ChapterMap`, `place_map`, and
+  chapter_map.py beside this file);
 - leads from the first mention of a name of the library on a page to its entry in the reference, and from
   the end of a chapter to its module (`link_names`, `link_module`);
 - says which chapter is being built and how long it took (`say_start`, `say_end`).
@@ -22,12 +23,13 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import resolve_name
 from pathlib import Path
 
 import nbformat
+from chapter_map import chapter_of, draw_map, parts_of
 from docutils import nodes
 from myst_nb.core.render import NbElementRenderer
 from sphinx import addnodes
@@ -36,6 +38,7 @@ from sphinx.util.docutils import SphinxDirective
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "detr_nb"
+MAP = "book/_ext/chapter_map.py"
 VERSIONS = ("torch", "torchvision", "numpy", "scipy", "matplotlib", "pycocotools", "pillow", "jaxtyping", "ipywidgets")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -124,7 +127,14 @@ def parse_cell(source: str) -> ast.Module:
 
 
 def module_path(name: str) -> Path:
-    return ROOT / PACKAGE / f"{name}.py"
+    """The file of a module by its name below the package: `boxes`, `family.dab`."""
+    return ROOT / PACKAGE / f"{name.replace('.', '/')}.py"
+
+
+def modules() -> list[str]:
+    """Every module of the library by its name below the package."""
+    paths = (path.relative_to(ROOT / PACKAGE).with_suffix("") for path in (ROOT / PACKAGE).rglob("*.py"))
+    return sorted(".".join(path.parts) for path in paths if not path.name.startswith("_"))
 
 
 def public_names() -> dict[str, str]:
@@ -135,28 +145,30 @@ def public_names() -> dict[str, str]:
     return {}
 
 
-def imported(tree: ast.AST) -> set[str]:
-    """Names of the modules of detr_nb that a syntax tree imports anywhere."""
-    found: set[str] = set()
+def modules_behind(full: str) -> set[str]:
+    """The modules that a full name can reach: its own, that of a public name, or all of a package."""
+    package, *parts = full.split(".")
+    if package != PACKAGE:
+        return set()
+    for end in range(len(parts), 0, -1):
+        if module_path(name := ".".join(parts[:end])).exists():
+            return {name}
+    name = ".".join(part for part in parts if part != "*")
+    if name in public_names():
+        return {public_names()[name]}
+    return {module for module in modules() if module.startswith(f"{name}." if name else "")}
+
+
+def imported(tree: ast.AST, package: str = PACKAGE) -> set[str]:
+    """Names of the modules of detr_nb that a syntax tree imports anywhere; `package` is the one that it stands in."""
+    names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
-            full = f"{PACKAGE}.{node.module or ''}" if node.level == 1 else node.module or ""
-            package, _, module = full.partition(".")
-            if package != PACKAGE:
-                continue
-            names = [module] if module else [alias.name for alias in node.names]
+            source = resolve_name("." * node.level + (node.module or ""), package)
+            names |= {f"{source}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
-            split = [alias.name.split(".") for alias in node.names]
-            names = [part[1] if len(part) > 1 else "" for part in split if part[0] == PACKAGE]
-        else:
-            continue
-        for name in names:
-            name = name.partition(".")[0]
-            if not name:  # a bare `import detr_nb` may reach everything
-                found |= {path.stem for path in (ROOT / PACKAGE).glob("*.py") if not path.stem.startswith("_")}
-            else:
-                found.add(name if module_path(name).exists() else public_names().get(name, name))
-    return {name for name in found if module_path(name).exists()}
+            names |= {alias.name for alias in node.names}
+    return set().union(*map(modules_behind, names))
 
 
 @lru_cache(None)
@@ -167,8 +179,9 @@ def module_sources(name: str) -> frozenset[Path]:
     files = {module_path(name)}
     for folder in ("static", "weights"):
         if any(text == folder or text.startswith(folder + "/") for text in texts):
-            files |= {path for path in (ROOT / PACKAGE / folder).rglob("*") if path.is_file()}
-    for other in imported(tree) - {name}:
+            for home in {ROOT / PACKAGE, module_path(name).parent}:
+                files |= {path for path in (home / folder).rglob("*") if path.is_file()}
+    for other in imported(tree, f"{PACKAGE}.{name}".rpartition(".")[0]) - {name}:
         files |= module_sources(other)
     return frozenset(files)
 
@@ -198,7 +211,7 @@ def installed(name: str) -> str:
 @lru_cache(None)
 def file_hash(path: Path) -> str:
     text = path.read_bytes()
-    if path.parent == ROOT / PACKAGE and path.suffix == ".py":  # the markers of nbdev name cells: no code
+    if ROOT / PACKAGE in path.parents and path.suffix == ".py":  # the markers of nbdev name cells: no code
         text = re.sub(rb"(?m)^# %% .*$", b"", text)
     return hashlib.sha256(text).hexdigest()
 
@@ -279,28 +292,30 @@ class chapter_map(nodes.General, nodes.Element):
 
 
 class ChapterMap(SphinxDirective):
-    """`{chapter-map}`: the figure at the head of each chapter, every box a link; the text says what it shows."""
+    """`{chapter-map} module`: the map with the chapter of the page lit, or that of a module; the text describes it."""
 
     has_content = True
+    optional_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        return [chapter_map(text=" ".join(self.content))]
+        for source in (self.config.external_toc_path, MAP):  # another map is drawn anew; nothing is executed for it
+            self.env.note_dependency(str(ROOT / source))
+        own = chapter_of(self.env.docname)
+        lit = self.arguments[0] if self.arguments else own.module if own else ""
+        place = chapter_map(text=" ".join(self.content), lit=lit)
+        self.set_source_info(place)
+        return [place]
 
 
-def chapter_pages(names: Iterable[str]) -> dict[str, str]:
-    """The page of each noun that has a chapter."""
-    numbered = (re.fullmatch(r"nbs/\d\d_(\w+)", name) for name in names)
-    return {match[1]: match[0] for match in numbered if match}
-
-
-def link_map(app, doctree, docname) -> None:
-    """Draw the map for the page it stands on."""
+def place_map(app, doctree, docname) -> None:
+    """Draw the map for the page that it stands on."""
     for place in list(doctree.findall(chapter_map)):
-        from detr_nb.plots import draw_pipeline
-
-        pages = chapter_pages(app.env.found_docs)
-        links = {noun: app.builder.get_relative_uri(docname, page) for noun, page in pages.items()}
-        svg = draw_pipeline(place["text"], links=links).svg
+        parts = parts_of(app.env.external_site_map)
+        chapters = [chapter for _, part in parts for chapter in part]
+        if place["lit"] and place["lit"] not in [chapter.module for chapter in chapters]:
+            LOGGER.warning(f"the map has no chapter '{place['lit']}' to light", location=place)
+        links = {chapter.page: app.builder.get_relative_uri(docname, chapter.page) or "#" for chapter in chapters}
+        svg = draw_map(parts, place["text"], place["lit"], links)
         place.replace_self(nodes.raw("", f'<div class="chapter-map">{svg}</div>', format="html"))
 
 
@@ -309,11 +324,11 @@ def link_map(app, doctree, docname) -> None:
 def library_names() -> dict[str, str]:
     """The full name behind every exported name that one module alone exports and that is no everyday word."""
     found: dict[str, list[str]] = {}
-    for path in sorted((ROOT / PACKAGE).glob("[!_]*.py")):
-        for node in parse_cell(path.read_text("utf8")).body:
+    for module in modules():
+        for node in parse_cell(module_path(module).read_text("utf8")).body:
             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
                 for name in ast.literal_eval(node.value):
-                    found.setdefault(name, []).append(f"{PACKAGE}.{path.stem}.{name}")
+                    found.setdefault(name, []).append(f"{PACKAGE}.{module}.{name}")
     telling = {name for name in found if "_" in name or name[0].isupper()} | public_names().keys()
     return {name: places[0] for name, places in found.items() if len(places) == 1 and name in telling}
 
@@ -337,10 +352,10 @@ def reference_to(app, kind: str, full: str, shown: nodes.Node) -> addnodes.pendi
 
 def link_module(app, doctree) -> None:
     """End every chapter with a link to its module in the reference."""
-    match = re.fullmatch(r"nbs/\d\d_(\w+)", app.env.docname)
+    chapter = chapter_of(app.env.docname)
     sections = list(doctree.findall(nodes.section))
-    if match and module_path(match[1]).exists() and sections:
-        full = f"{PACKAGE}.{match[1]}"
+    if chapter and module_path(chapter.module).exists() and sections:
+        full = f"{PACKAGE}.{chapter.module}"
         link = reference_to(app, "mod", full, nodes.literal(text=full))
         words = "All names of this chapter, with arguments and returns: "
         sections[-1] += nodes.paragraph("", words, link, nodes.Text("."))
@@ -428,7 +443,7 @@ def setup(app):
     app.connect("source-read", note_sources)
     app.add_node(chapter_map)
     app.add_directive("chapter-map", ChapterMap)
-    app.connect("doctree-resolved", link_map)
+    app.connect("doctree-resolved", place_map)
     app.connect("doctree-read", keep_stills, priority=800)
     app.connect("doctree-read", link_names)
     app.connect("doctree-read", link_module)
