@@ -381,8 +381,8 @@ class PlaneBoxes:
 
     proper: ClassVar[str] = "a finite cxcywh box with a size of at least 0"
 
-    def encode(self, target: Target) -> Float[Tensor, "t 4"]:
-        """The numbers that the model should predict for each object."""
+    def encode(self, target: Target) -> Tensor:
+        """The numbers that the model should predict for each object; who takes them checks their shape."""
         return target["boxes"]
 
     def valid(self, boxes: Float[Tensor, "*n 4"]) -> Bool[Tensor, "*n"]:
