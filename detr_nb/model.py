@@ -381,8 +381,8 @@ class PlaneBoxes:
 
     proper: ClassVar[str] = "a finite cxcywh box with a size of at least 0"
 
-    def encode(self, target: Target) -> Float[Tensor, "t 4"]:
-        """The numbers that the model should predict for each object."""
+    def encode(self, target: Target) -> Tensor:
+        """The numbers that the model should predict for each object; who takes them checks their shape."""
         return target["boxes"]
 
     def valid(self, boxes: Float[Tensor, "*n 4"]) -> Bool[Tensor, "*n"]:
@@ -572,20 +572,25 @@ class DETR(nn.Module, HubMixin):
     @property
     def num_classes(self) -> int:
         """Number of classes; columns that are no class do not count."""
-        return self.decoder.head.class_maps()[0].out_features - self.scores.spare
+        return self.head.class_maps()[0].out_features - self.scores.spare
 
     @property
     def backbone(self) -> nn.Module:
         """What makes features of pixels."""
         return self.memory.backbone
 
+    @property
+    def head(self) -> nn.Module:
+        """What makes predictions of the contents of the queries."""
+        return self.decoder.head
+
     def class_maps(self) -> list[nn.Module]:
         """Linear maps and tables of labels that new classes replace."""
-        return [*self.decoder.head.class_maps(), *self.queries.class_maps()]
+        return [*self.head.class_maps(), *self.queries.class_maps()]
 
     def head_outputs(self) -> list[nn.Linear]:
         """The last linear maps, whose outputs are the predictions."""
-        return self.decoder.head.outputs()
+        return self.head.outputs()
 
     def blocks(self) -> list[nn.Module]:
         """The parts of a forward pass, one after the other: stages of the backbone, and layers."""

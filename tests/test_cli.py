@@ -182,7 +182,7 @@ WRONG = {
     "its own folder": (["scene.png", "--out", "."], "would overwrite"),
     "its own folder, by a link": (["scene.png", "--out", "link"], "would overwrite"),
     "a file for a folder": (["scene.png", "--out", "half.pth"], "half.pth"),
-    "a percentage": (["scene.png", "--threshold", "50"], "threshold is 50: it must be a number of at least 0 and at most 1"),
+    "a percentage": (["scene.png", "--threshold", "50"], "threshold is 50: it must be a number of at least 0 and"),
 }
 
 

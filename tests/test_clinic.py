@@ -192,7 +192,7 @@ def test_looking_at_a_model_leaves_it_as_it_was(drawn):
 def test_norms_whose_means_fit_give_one_loss(drawn):
     model = nn.Sequential(nn.Conv2d(3, 4, 1))
     boxes = torch.full((1, 4, 2, 4), 0.5)
-    model.forward = lambda images, pad: Output(torch.zeros(1, 4, 2, 4), boxes)
+    model.forward = lambda images, pad, targets=None: Output(torch.zeros(1, 4, 2, 4), boxes)
     seen = mode_evidence(model, next(iter(drawn.loader(4).epoch(0))), SetCriterion(3))
     assert seen["loss_as_trained"] == seen["loss_as_used"]
 

@@ -190,7 +190,7 @@ def test_padded_cells_of_the_memory_change_nothing(name):
         noise = 5 * torch.randn(memory.x.shape, generator=torch.Generator().manual_seed(3)).double()
         here = memory.pad[..., None]
         spoilt = memory._replace(x=torch.where(here, noise, memory.x), pos=torch.where(here, -noise, memory.pos))
-        torch.testing.assert_close(decode(spoilt), decode(memory), **EXACT)
+        torch.testing.assert_close(decode(spoilt)[:3], decode(memory)[:3], **EXACT)
         # The noise is seen as soon as the mask is gone, so the test can fail.
         spoilt, memory = (one._replace(pad=torch.zeros_like(one.pad)) for one in (spoilt, memory))
         assert (decode(spoilt).logits - decode(memory).logits).abs().max() > 0.01
@@ -203,8 +203,7 @@ def test_permuted_queries_permute_the_output(name):
     order = torch.randperm(len(weight), generator=torch.Generator().manual_seed(4))
     before = detect(model)
     weight.data = weight.data[order]
-    expected = Output(before.logits[:, :, order], before.boxes[:, :, order])
-    torch.testing.assert_close(detect(model), expected, **EXACT)
+    torch.testing.assert_close(detect(model)[:3], before.queries(order)[:3], **EXACT)
 
 
 @every_build
@@ -213,8 +212,8 @@ def test_a_row_of_a_batch_is_the_image_alone(name):
     together = detect(model)
     with torch.no_grad():
         for row, image in enumerate(images(dtype=torch.float64)):
-            expected = Output(together.logits[:, row, None], together.boxes[:, row, None])
-            torch.testing.assert_close(model(image[None]), expected, **EXACT)
+            expected = together.apply(lambda part, row=row: part[:, row, None])
+            torch.testing.assert_close(model(image[None])[:3], expected[:3], **EXACT)
 
 
 @every_build
@@ -237,13 +236,13 @@ def test_saved_weights_give_the_same_predictions(name, tmp_path):
     other.load_state_dict(saved["model"])
     assert other.names is None and saved["names"] == model.names and saved["category_ids"] == [1, 2, 3, 90]
     with torch.no_grad():
-        torch.testing.assert_close(other(images()), model(images()), rtol=0, atol=0)
+        torch.testing.assert_close(other(images())[:3], model(images())[:3], rtol=0, atol=0)
 
 
 @contextmanager
 def imagined_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """Tensors without numbers on a GPU that need not exist; like real ones they refuse to meet tensors of the CPU."""
-    monkeypatch.setattr("detr_nb.model.check_images", lambda images, pad: None)  # what looks at numbers cannot run
+    monkeypatch.setattr("detr_nb.model.check_images", lambda images, *_: None)  # what looks at numbers cannot run
     monkeypatch.setattr("detr_nb.model.check_padding", lambda pad: None)
     with FakeTensorMode():
         yield torch.device("cuda")
@@ -268,5 +267,5 @@ def test_attention_maps_come_back_from_the_device_of_the_model(monkeypatch):
         with gpu:
             model = BUILDS["detr_tiny"][0]()
         maps = attention_maps(model, torch.zeros(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.bool))
-    tensors = (maps.encoder, maps.queries, maps.cross, maps.xy, maps.pad, *maps.out)
+    tensors = (maps.encoder, maps.queries, maps.cross, maps.xy, maps.pad, *maps.out[:3])
     assert {tensor.device.type for tensor in tensors} == {"cpu"}

