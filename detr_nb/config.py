@@ -196,7 +196,9 @@ class Config(ABC):  # noqa: B024 - its kinds have abstract methods of their own
 
     def __init_subclass__(cls, former: Sequence[str] = (), **options: object) -> None:
         super().__init_subclass__(**options)
-        KINDS.update(dict.fromkeys((cls.__name__, *former), cls))
+        own = cls.__module__ == "__main__"  # a class of this program or notebook stays, whatever is imported later
+        KINDS.update({name: cls for name in (cls.__name__, *former)
+                      if own or name not in KINDS or KINDS[name].__module__ != "__main__"})
 
     def __post_init__(self) -> None:
         for part in fields(self):
