@@ -122,7 +122,7 @@ def gradients(config: TrainConfig, parts: int, mean_of_means: bool = False) -> d
     groups = [[part] for part in batch.split(parts)] if mean_of_means else [batch.split(parts)]
     with ready_to_train(run) as model:
         for group in groups:
-            losses = differentiate(model, build_criterion(config, 3), group, team)
+            losses = differentiate(model, build_criterion(config, run.model), group, team)
     gradient = torch.cat([p.grad.flatten() for p in run.model.parameters()]) / len(groups)
     total = float(team.reduce(losses["total"].clone(), "mean"))
     return {"gradient": gradient, "total": total, "metrics": repr(evaluate(run.model, val, 2, shared=True))}
