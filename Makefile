@@ -27,7 +27,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV MPLBACKEND
 
 say = @printf '\n==> %s\n' "$(1)"
 # Two processes of one thread each; tests/conftest.py says which tests stay together.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 EXECUTE := $(BIN)/python tools/execute.py
 BOOK := $(BIN)/jupyter-book build . --config book/_config.yml --toc book/_toc.yml --path-output book -W --keep-going
 

@@ -101,6 +101,10 @@ class HeadMaps(nn.Module):
         for linear in (self.q, self.k, self.v, self.out):
             nn.init.zeros_(linear.bias)
 
+    def extra_repr(self) -> str:
+        """What a printed model shows of it."""
+        return f"heads={self.heads}"
+
     def split(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b h n k"]:
         """Cut the model width into heads."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -124,6 +128,10 @@ class MultiHeadAttention(HeadMaps):
     def __init__(self, d: int, heads: int, dropout: float = 0.0):
         super().__init__(d, heads)
         self.dropout = dropout
+
+    def extra_repr(self) -> str:
+        """What a printed model shows of it."""
+        return f"{super().extra_repr()}, dropout={self.dropout}"
 
     def forward(
         self, query: Float[Tensor, "b q d"], key: Float[Tensor, "b s d"], value: Float[Tensor, "b s d"],

@@ -79,6 +79,10 @@ class TinyBackbone(nn.Module):
         steps = (1, *(b // a for a, b in pairwise(strides)))
         self.stages = nn.ModuleList(map(BasicBlock, (widths[0], *widths[:-1]), widths, steps))
 
+    def extra_repr(self) -> str:
+        """What a printed model shows of it."""
+        return f"strides={self.strides}, coordinates={self.coordinates}"
+
     def blocks(self) -> list[nn.Module]:
         """Parts that may be computed twice in a step; none here, whose batch norms would count every image twice."""
         return []
@@ -231,6 +235,10 @@ class ResNet(nn.Module):
         self.strides = (4, 8, 16, 16 if dilation else 32)
         for key, parameter in self.body.named_parameters():
             parameter.requires_grad_(key.startswith(trainable))
+
+    def extra_repr(self) -> str:
+        """What a printed model shows of it."""
+        return f"{self.name}, dilation={self.dilation}"
 
     def blocks(self) -> list[nn.Module]:
         """The four stages; they may be computed twice in a step, because frozen norms count nothing."""

@@ -27,15 +27,16 @@ from tqdm import tqdm
 from .bench import Bench, bench
 from .boxes import xyxy_to_xywh
 from .clinic import Attendant
+from .config import WORDS_MODE, Config, Count, ModelConfig, QueryCount, Share, from_yaml, options_parser
 from .data import PICTURES, DataError, Problem, check_data, read_image, summary
 from .evaluation import evaluate
 from .model import DETR, DETRDemo
 from .pretrained import freeze, predict_image, pretrained_model, replace_head, resize_queries
-from .training import DataSource, ModelSource, TrainConfig, default_device, fit, options_parser, read_config
+from .training import DataConfig, TrainConfig, default_device, fit, read_config
 
 # %% ../nbs/18_cli.ipynb #18c00008
 @dataclass(frozen=True)
-class Predict:
+class Predict(Config):
     """Find objects in pictures: every picture with its boxes drawn, and all boxes in detections.json (COCO's format).
 
     The exit code is 0 if all pictures were done, 1 if some could not be, and 2 if none was.
@@ -52,7 +53,7 @@ class Predict:
     images: tuple[Path, ...]
     weights: str | None = None
     out: Path = Path("predictions")
-    threshold: float | None = None
+    threshold: Share | None = None
 
 # %% ../nbs/18_cli.ipynb #18c00012
 def absolute(path: Path) -> Path:
@@ -157,10 +158,8 @@ def predict(options: Predict) -> int:
         The exit code: 0 if all pictures were done, 1 if some failed, 2 if all did.
 
     Raises:
-        ValueError: if there is no picture, one would be overwritten, the threshold is no score, or the model is none.
+        ValueError: if there is no picture, one would be overwritten, or the model is none.
     """
-    if options.threshold is not None and not 0 <= options.threshold <= 1:
-        raise ValueError(f"--threshold {options.threshold}: give a score from 0 to 1")
     pictures = find_pictures(options.images, options.out)
     results = result_paths(pictures, options.out)
     model = pretrained_model(options.weights).to(default_device())
@@ -180,7 +179,7 @@ def predict(options: Predict) -> int:
 
 # %% ../nbs/18_cli.ipynb #18de0001
 @dataclass(frozen=True)
-class FineTuned(ModelSource):
+class FineTuned(ModelConfig):
     """Somebody's weights with a head for your classes; give low rates, since those of a run are for fresh weights.
 
     Args:
@@ -190,7 +189,7 @@ class FineTuned(ModelSource):
     """
 
     weights: str | None = None
-    num_queries: int | None = None
+    num_queries: QueryCount | None = None
     frozen: tuple[str, ...] = ()
 
     def build(self, num_classes: int) -> DETR:
@@ -211,7 +210,7 @@ def train(config: TrainConfig) -> int:
 
 # %% ../nbs/18_cli.ipynb #18de0003
 @dataclass(frozen=True)
-class Eval:
+class Eval(Config):
     """COCO's metrics of a model on held-out pictures.
 
     Args:
@@ -223,9 +222,9 @@ class Eval:
     """
 
     folder: Path | None = None
-    data: DataSource | None = None
+    data: DataConfig | None = None
     weights: str | None = None
-    batch_size: int = 8
+    batch_size: Count = 8
     out: Path | None = None
 
 
@@ -250,14 +249,14 @@ def judge(options: Eval) -> int:
 
 # %% ../nbs/18_cli.ipynb #18de0005
 @dataclass(frozen=True)
-class CheckData:
+class CheckData(Config):
     """Read every picture and every entry once, and list what is wrong. The exit code is 0 if nothing is, else 1.
 
     Args:
         data: what to check, as for `train`.
     """
 
-    data: DataSource
+    data: DataConfig
 
 
 def check(options: CheckData) -> int:
@@ -272,14 +271,14 @@ def check(options: CheckData) -> int:
     return 1 if found else 0
 
 # %% ../nbs/18_cli.ipynb #18c00029
-COMMANDS: Mapping[str, tuple[type, Callable[..., int]]] = {
+COMMANDS: Mapping[str, tuple[type[Config], Callable[..., int]]] = {
     "predict": (Predict, predict), "train": (TrainConfig, train), "eval": (Eval, judge),
     "check-data": (CheckData, check), "bench": (Bench, bench),
 }
 WORDS = {"images": "*", "folder": "?"}  # fields that take words without a flag, of commands that have them
 
 
-def command_parser(kind: type) -> ArgumentParser:
+def command_parser(kind: type[Config]) -> ArgumentParser:
     """The options of one command."""
     words = [] if kind is TrainConfig else [part for part in fields(kind) if part.name in WORDS]
     parser = options_parser(kind, [part.name for part in words])
@@ -298,16 +297,17 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         The exit code of the command; 2 if nothing could be done.
     """
-    parser = ArgumentParser(prog="detr-nb", description="Object detection with transformers: a command for each need.")
+    parser = ArgumentParser(prog="detr-nb", parser_mode=WORDS_MODE,
+                            description="Object detection with transformers: a command for each need.")
     commands = parser.add_subcommands(dest="command")
     for name, (kind, _) in COMMANDS.items():
         commands.add_subcommand(name, command_parser(kind), help=kind.__doc__.partition("\n")[0])
-    found = parser.instantiate(parser.parse_args(args))
+    found = parser.parse_args(args)
     kind, function = COMMANDS[found.command]
-    given = {part.name: found[found.command][part.name] for part in fields(kind)}
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    given = from_yaml(found[found.command].as_dict())
     try:
-        return function(kind(**given))
+        return function(kind.read({name: value for name, value in given.items() if name != "config"}))
     except FAILURES as error:
         print(f"detr-nb: {error}", file=sys.stderr)
         return 2
+

@@ -11,7 +11,7 @@ __all__ = ['Evidence', 'Rule', 'GROWN', 'RULES', 'DRAWN', 'BASE', 'SIX_LAYERS', 
            'padded_rule', 'mask_rule', 'alike_rule', 'frozen_rule', 'rate_rule', 'norm_rule', 'start_rule',
            'silence_rule', 'few_rule', 'early_rule', 'findings', 'diagnose', 'prescription', 'Attendant', 'Damaged',
            'OffByOne', 'Corners', 'Pixels', 'OtherIds', 'Thumbnails', 'StaleBoxes', 'ManySizes', 'AllAlike', 'Frozen',
-           'NoMask', 'HalfHead', 'HalfBoxes', 'CarriedModel']
+           'NoMask', 'half_boxes', 'HalfBoxes', 'CarriedModel']
 
 # %% ../nbs/16_clinic.ipynb #16c10005
 import math
@@ -30,23 +30,15 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from .boxes import cxcywh_to_xyxy, pairwise_iou
+from .config import ModelConfig
 from .data import Augmented, Batch, MemoryDataset, Preprocess, RandomSizeCrop, Transformed
 from .evaluation import Detect, batch_maker, coco_evaluate, evaluation_mode
 from .insight import predict_layers
 from .losses import SetCriterion, SoftmaxClasses
-from .model import DETR, Head, ObjectQueries, Scores, SoftmaxScores, detr_tiny, postprocess
-from .notation import Memory, Number, Output, Prediction, Queries, Target
+from .model import DETR, ObjectQueries, Scores, SoftmaxScores, TinyModel, detr_tiny, postprocess
+from .notation import Memory, Number, Output, Queries, Target
 from .shapes import DEFAULT, EASY
-from detr_nb.training import (
-    ModelSource,
-    Run,
-    ShapesData,
-    TinyModel,
-    TrainConfig,
-    build_criterion,
-    predict_batch,
-    running_means,
-)
+from .training import Run, ShapesData, TrainConfig, build_criterion, predict_batch, running_means
 
 # %% ../nbs/16_clinic.ipynb #16c10009
 def ap_of(
@@ -726,7 +718,7 @@ class Frozen(TinyModel):
         """Make it with fresh weights, and freeze them."""
         model = super().build(num_classes)
         model.requires_grad_(False)
-        model.decoder.head.requires_grad_(True)
+        model.head.requires_grad_(True)
         return model
 
 @dataclass(frozen=True)
@@ -739,15 +731,9 @@ class NoMask(TinyModel):
         model.memory = Maskless(model.memory)
         return model
 
-class HalfHead(Head):
-    """A head whose boxes leave it in float16, as under autocast."""
-
-    def forward(
-        self, layer: int, content: Float[Tensor, "b q d"], base: Float[Tensor, "b q r"] | None = None
-    ) -> Prediction:
-        """Logits, and boxes rounded."""
-        logits, boxes = super().forward(layer, content, base)
-        return Prediction(logits, boxes.half())
+def half_boxes(model: nn.Module, inputs: tuple, out: Output) -> Output:
+    """Round the boxes of an answer to float16, as they leave a head under autocast: a forward hook."""
+    return out._replace(boxes=out.boxes.half())
 
 @dataclass(frozen=True)
 class HalfBoxes(TinyModel):
@@ -756,11 +742,11 @@ class HalfBoxes(TinyModel):
     def build(self, num_classes: int) -> DETR:
         """Make it with fresh weights."""
         model = super().build(num_classes)
-        model.decoder.head = HalfHead(self.hidden_dim, model.scores.columns(num_classes))
+        model.register_forward_hook(half_boxes)
         return model
 
 @dataclass(frozen=True)
-class CarriedModel(ModelSource):
+class CarriedModel(ModelConfig):
     """The trained model that the package carries, ready to learn on."""
 
     def build(self, num_classes: int) -> DETR:

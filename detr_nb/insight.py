@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
 from .boxes import cxcywh_to_xyxy, pairwise_iou
+from .config import Count, ModelConfig
 from .evaluation import batch_maker, evaluation_mode
 from .matcher import HungarianMatcher
 from .model import DETR, cell_centres
 from .notation import Memory, Number, Output, Target
-from .training import ModelSource
 
 # %% ../nbs/13_insight.ipynb #1381adb7
 def weights_of(attention: nn.Module, *inputs: object, **named: object) -> object:
@@ -143,8 +143,8 @@ class AttentionMaps(NamedTuple):
 # %% ../nbs/13_insight.ipynb #411f4599
 @torch.no_grad()
 def attention_maps(
-    model: nn.Module, images: Float[Tensor, "b 3 y x"], pad: Bool[Tensor, "b y x"] | None = None,
-    roles: Sequence[str] = tuple(ROLES),
+    model: nn.Module, images: Float[Tensor, "*n 3 y x"], pad: Bool[Tensor, "*n y x"] | None = None,
+    roles: Sequence[str] = tuple(ROLES), **more: Float[Tensor, "..."],
 ) -> AttentionMaps:
     """Run a model once, and keep its attention weights outside of it. The model keeps its mode.
 
@@ -153,6 +153,7 @@ def attention_maps(
         images: normalised, as for the model.
         pad: True where there is padding.
         roles: which of `ROLES` to keep. The encoder's table grows with the square of the number of cells.
+        more: other inputs of the model, such as cameras.
 
     Returns:
         Weights, cells and predictions, on the CPU wherever the model is.
@@ -169,7 +170,8 @@ def attention_maps(
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(source.register_forward_hook(lambda part, inputs, answer: made.append(cells_of(answer))))
         seen = stack.enter_context(watching({role: parts[role] for role in roles}))
-        out = model(images.to(device), None if pad is None else pad.to(device))
+        told = {name: value.to(device) for name, value in more.items()}
+        out = model(images.to(device), None if pad is None else pad.to(device), **told)
     if not all(isinstance(weights, Tensor) for looks in seen.values() for weights in looks):
         raise ValueError(f"{type(model).__name__} looks at points, not at all cells: collect them and their weights "
                          "with `watching`")
@@ -232,7 +234,7 @@ def attention_entropy(weights: Float[Tensor, "*n s"]) -> Float[Tensor, "*n"]:
 
 # %% ../nbs/13_insight.ipynb #558b7478
 @dataclass(frozen=True)
-class Filmed(ModelSource):
+class Filmed(ModelConfig):
     """A source of models, for `TrainConfig`, which keeps copies of the weights while its model trains.
 
     Args:
@@ -243,9 +245,9 @@ class Filmed(ModelSource):
         film: the copies by step.
     """
 
-    source: ModelSource
-    every: int = 20
-    film: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    source: ModelConfig
+    every: Count = 20
+    film: dict[int, dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def build(self, num_classes: int) -> DETR:
         """Make the model, with its camera: a hook that counts the passes in training mode."""

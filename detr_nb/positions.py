@@ -85,6 +85,10 @@ class SinePositions(nn.Module):
             raise ValueError(f"two dimensions of sines and cosines need a width that is a multiple of 4, got d={d}")
         self.d, self.temperature = d, temperature
 
+    def extra_repr(self) -> str:
+        """What a printed model shows of it."""
+        return f"{self.d}, temperature={self.temperature}"
+
     def forward(self, pad: Bool[Tensor, "b y x"]) -> Float[Tensor, "b y x {self.d}"]:
         """Embed every cell of the grid; only the padding matters."""
         x, y = sine_embedding(grid_angles(pad), self.d // 2, self.temperature).unbind(3)

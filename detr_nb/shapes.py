@@ -35,11 +35,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .boxes import cxcywh_to_xyxy, scale_boxes, xyxy_to_cxcywh, xyxy_to_xywh
+from .config import Amount, Config, Count, Pixels, Rate, Scale, Share
 from .notation import Number, Target
 
 # %% ../nbs/04_shapes.ipynb #30d42b48
 @dataclass(frozen=True)
-class SceneConfig:
+class SceneConfig(Config):
     """What scenes look like; every length is a share of the image side, every colour a share of full brightness.
 
     Args:
@@ -56,17 +57,17 @@ class SceneConfig:
         stripes: largest strength of the stripes on objects.
     """
 
-    size: int = 128
-    classes: int = 6
-    min_objects: int = 1
-    max_objects: int = 10
-    min_side: Number = 0.08
-    max_side: Number = 0.5
-    max_overlap: Number = 0.3
-    clutter: int = 6
-    contrast: Number = 0.35
-    noise: Number = 0.03
-    stripes: Number = 0.05
+    size: Pixels = 128
+    classes: Count = 6
+    min_objects: Amount = 1
+    max_objects: Amount = 10
+    min_side: Scale = 0.08
+    max_side: Scale = 0.5
+    max_overlap: Share = 0.3
+    clutter: Amount = 6
+    contrast: Share = 0.35
+    noise: Rate = 0.03
+    stripes: Rate = 0.05
 
 
 EASY = SceneConfig(

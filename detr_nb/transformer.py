@@ -31,6 +31,10 @@ class Step(nn.Module):
         super().__init__()
         self.norm, self.dropout, self.pre_norm = nn.LayerNorm(d), nn.Dropout(dropout), pre_norm
 
+    def extra_repr(self) -> str:
+        """What a printed model shows of it."""
+        return f"pre_norm={self.pre_norm}"
+
     def forward(self, x: Float[Tensor, "b n d"], sublayer: Callable[[Tensor], Tensor]) -> Float[Tensor, "b n d"]:
         """Add what `sublayer` makes of `x` to `x`.
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+BROWSER = ["test_pages", "test_explorables", "test_pdf"]
+LONGEST = [*BROWSER, "test_project", "test_faults", "test_pretrained", "test_hub", "test_training", "test_distributed"]
 SHARED = "PYTEST_XDIST_WORKER" in os.environ
 if SHARED:
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start; read when torch is imported
@@ -69,12 +71,23 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in a hook of the same name
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Name the tests that stay together in one process."""
-    for item in items:
-        looks = "browser" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("browser" if looks else item.path.stem))
+    """The files that take longest come first, so that both processes end at nearly the same time."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """Hand out whole files, and all that start a browser as one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            stem = Path(nodeid.partition("::")[0]).stem
+            return "browser" if stem in BROWSER else stem
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

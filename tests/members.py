@@ -145,7 +145,7 @@ class EverythingQueries(nn.Module):
         found = self.propose(memory)
         best = found.logits[..., 0].topk(self.count + (self.many if targets is not None else 0)).indices
         ref = found.boxes.gather(1, best[..., None].expand(-1, -1, 4)).detach()
-        content = self.content.weight[: best.shape[1]].expand(len(memory.x), -1, -1)
+        content = self.content.weight[: best.shape[1]].expand(memory.x.shape[0], -1, -1)
         if targets is None:
             return Queries(content, ref=ref, proposals=found)
         noise, boxes, known = self.known(targets, memory.x)
@@ -280,7 +280,7 @@ class PointQueries(nn.Module):
 
     def forward(self, memory: Memory, targets: Sequence[Target] | None = None) -> Queries:
         """The same for every scene."""
-        rows = (table.weight.expand(len(memory.x), -1, -1) for table in (self.content, self.pos, self.points))
+        rows = (table.weight.expand(memory.x.shape[0], -1, -1) for table in (self.content, self.pos, self.points))
         content, pos, points = rows
         return Queries(content, pos, points.sigmoid())
 

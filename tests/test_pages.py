@@ -85,13 +85,14 @@ def test_a_page_has_no_serious_violation_of_accessibility(page):
     need(find_spec("axe_playwright_python"), "no axe to judge the page with: pip install axe-playwright-python")
     axe = files("axe_playwright_python") / "axe.min.js"
     page.evaluate(axe.read_text("utf8") + "; 0")
-    asked = AXE.replace("RULES", "{}" if page.name in CONTRAST else "{ 'color-contrast': { enabled: false } }")
+    colours = page.name in CONTRAST
+    asked = AXE.replace("RULES", "{}" if colours else "{ 'color-contrast': { enabled: false } }")
     violations = {}
-    for dark in (False, True):
+    for dark in (False, True) if colours else (False,):  # no other rule looks at colours
         show(page, "wide", dark)
-        found = [one for one in page.evaluate(asked) if one[0] != GENERATED.get(page.name)]
-        violations["dark" if dark else "light"] = found
-    assert violations == {"light": [], "dark": []}
+        if found := [one for one in page.evaluate(asked) if one[0] != GENERATED.get(page.name)]:
+            violations["dark" if dark else "light"] = found
+    assert violations == {}
 
 
 def test_the_search_finds_a_term(browser):
