@@ -74,7 +74,7 @@ AXES = {
     "v": "camera views",
     "y": "rows of an image or grid",
     "x": "columns of an image or grid",
-    "r": "numbers in a reference",
+    "r": "numbers in a box or a reference",
     "n": "things of any kind, where the kind does not matter",
     "m": "things of any kind, where `n` is taken",
 }

@@ -172,7 +172,7 @@ def fit_poisoned(config, when, kind=float("nan")):
     run = start(config, train)
     stream = poisoned(batches(train.loader(config.batch_size, config.seed), 0), when, kind)
     with tqdm(disable=True) as bar:
-        train_until_done(run, build_criterion(config, 3), stream, val, bar)
+        train_until_done(run, build_criterion(config, run.model), stream, val, bar)
     return run
 
 
@@ -202,7 +202,7 @@ def test_a_gradient_that_overflows_is_named_by_its_parameter():
     run.model.queries.embedding.weight.register_hook(lambda gradient: gradient * float("inf"))
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
     with pytest.raises(NotFinite, match=r"gradient of queries\.embedding\.weight"), tqdm(disable=True) as bar:
-        train_until_done(run, build_criterion(SHORT, 3), stream, val, bar)
+        train_until_done(run, build_criterion(SHORT, run.model), stream, val, bar)
     assert all(torch.equal(value, run.model.state_dict()[name]) for name, value in before.items())
 
 
