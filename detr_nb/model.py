@@ -1296,6 +1296,11 @@ class DETRDemo(nn.Module):
         """Detections, one a query; see `postprocess`."""
         return postprocess(out, sizes)
 
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, no-object not counted."""
+        return self.linear_class.out_features - self.scores.spare
+
     def attentions(self) -> dict[str, list[nn.Module]]:
         """What looks at what, in the order of the layers; these are torch's modules."""
         encoder, decoder = self.transformer.encoder.layers, self.transformer.decoder.layers

@@ -457,7 +457,7 @@ def take_weights(model: nn.Module, checkpoint: Checkpoint, source: object) -> nn
                          "model that the file was made for; replace_head and resize_queries change it afterwards")
     model.load_state_dict(state)
     names, ids = checkpoint.names, checkpoint.category_ids
-    if names is None and architecture(state)["num_classes"] == len(COCO_NAMES):
+    if names is None and model.num_classes == len(COCO_NAMES):
         names, ids = COCO_NAMES, range(len(COCO_NAMES))
     model.names, model.category_ids = names and list(names), ids and list(ids)
     for name in ("preprocess", "threshold"):
