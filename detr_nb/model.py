@@ -9,8 +9,8 @@ __all__ = ['CARD', 'TINY', 'TINY_STRIDES', 'CONFIG', 'WEIGHTS', 'MODEL_TYPE', 'B
            'BackboneConfig', 'TinyConfig', 'ResNetConfig', 'HandMade', 'DETRConfig', 'detr', 'detr_resnet50',
            'detr_resnet50_dc5', 'detr_resnet101', 'detr_resnet101_dc5', 'detr_resnet18', 'load_tiny_weights',
            'detr_tiny', 'TinyModel', 'ResNetModel', 'postprocess', 'outline', 'describe', 'check_classes',
-           'model_config', 'damaged', 'read_json', 'read_safetensors', 'read_description', 'model_from_config',
-           'saved_model', 'from_hub', 'last_features', 'learned_grid', 'DETRDemo']
+           'model_config', 'damaged', 'read_json', 'read_safetensors', 'with_twins', 'read_description',
+           'model_from_config', 'saved_model', 'from_hub', 'last_features', 'learned_grid', 'DETRDemo']
 
 # %% ../nbs/08_model.ipynb #8eff236c
 import json
@@ -1129,6 +1129,20 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise damaged(file, error) from error
 
+
+def with_twins(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a file, and those that it leaves out because they are another one's: a shared part has two names.
+
+    Args:
+        state: tensors under our names.
+        model: the model that they are for.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    found = {name: next((twin for twin in twins if twin in state), None) for twins in names.values() for name in twins}
+    return {**{name: state[twin] for name, twin in found.items() if twin}, **state}
+
 # %% ../nbs/08_model.ipynb #5a7e0023
 BESIDE = ("model_type", "num_classes", "names", "category_ids", "preprocess", "threshold")  # in config.json
 
@@ -1176,7 +1190,7 @@ def saved_model(folder: Path, weights: str = WEIGHTS) -> DETR:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG} does not describe a model ({type(error).__name__}: {error}): save the "
                          "model again, or mend what was edited") from error
-    state = read_safetensors(folder / weights)
+    state = with_twins(read_safetensors(folder / weights), model)
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:

@@ -6,10 +6,10 @@
 __all__ = ['Rules', 'OFFICIAL', 'ALWAYS', 'OPTIONS', 'PUBLISHED', 'HUGGING_FACE', 'NO_LIMIT', 'SUFFIXES', 'LAYOUTS', 'COCO_NAMES',
            'BODIES', 'rename', 'split_stacked', 'rows', 'resnet_blocks', 'architecture', 'differences', 'misfits',
            'settings_of', 'Checkpoint', 'unpickle_tensors', 'read_torch', 'download', 'folder_config',
-           'config_settings', 'folder_preprocess', 'read_hugging_face', 'locate', 'read_checkpoint', 'our_names',
-           'take_weights', 'load_pretrained', 'inferred_config', 'fresh_model', 'pretrained_model', 'predict_image',
-           'checked_ids', 'replace_rows', 'replace_head', 'inside', 'parameters_in', 'freeze', 'rate_groups',
-           'resize_queries', 'LastLayer', 'export_program', 'export_onnx']
+           'config_settings', 'folder_preprocess', 'read_hugging_face', 'locate', 'read_checkpoint', 'layouts_of',
+           'our_names', 'take_weights', 'load_pretrained', 'inferred_config', 'fresh_model', 'pretrained_model',
+           'predict_image', 'checked_ids', 'replace_rows', 'replace_head', 'inside', 'parameters_in', 'freeze',
+           'rate_groups', 'resize_queries', 'LastLayer', 'export_program', 'export_onnx']
 
 # %% ../nbs/14_pretrained.ipynb #436c01fa
 import argparse
@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import singledispatch
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -44,6 +45,7 @@ from detr_nb.model import (
     read_json,
     read_safetensors,
     saved_model,
+    with_twins,
 )
 from .notation import Number
 
@@ -400,19 +402,28 @@ LAYOUTS = (  # a name that gives the layout away, and the rules that lead from i
 )
 
 
-def our_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+@singledispatch
+def layouts_of(config: object) -> Sequence[tuple[str, Rules]]:
+    """The layouts in which weights of a model may come, by what describes it; descendants of DETR register theirs."""
+    return LAYOUTS
+
+
+def our_names(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], layouts: Sequence[tuple[str, Rules]] = LAYOUTS
+) -> dict[str, Tensor]:
     """Translate a state dict into the names of our models.
 
     Args:
         state: under the names of the authors, of Hugging Face, or ours already.
         own: the state dict of the model that it is for.
+        layouts: signs and rules, the first whose sign is seen counts.
 
     Raises:
         ValueError: if the names are those of no DETR.
     """
     if state.keys() == own.keys():
         return dict(state)
-    for sign, rules in LAYOUTS:
+    for sign, rules in layouts:
         if any(re.match(sign, name) for name in state):
             kept = {name: value for name, value in state.items() if name in own or "num_batches_tracked" not in name}
             return split_stacked({rename(name, rules): value for name, value in kept.items()})
@@ -438,7 +449,7 @@ def take_weights(model: nn.Module, checkpoint: Checkpoint, source: object) -> nn
         ValueError: if it does not fit; the model is as it was then.
     """
     own = model.state_dict()
-    state = our_names(checkpoint.state, own)
+    state = with_twins(our_names(checkpoint.state, own, layouts_of(getattr(model, "config", None))), model)
     found = misfits(state, own) or (checkpoint.settings and differences(checkpoint.settings, settings_of(model)))
     if found:
         kind = " (a model with masks)" if any(name.startswith("mask_head.") for name in state) else ""

@@ -15,7 +15,7 @@ from torch import nn
 from detr_nb.data import MemoryDataset
 from detr_nb.evaluation import coco_evaluate
 from detr_nb.explorables import record_film
-from detr_nb.insight import Filmed, count_repeats, drop_repeats, matched_queries, only_layer, predict_layers
+from detr_nb.insight import Filmed, count_repeats, drop_repeats, matched_queries, predict_layers
 from detr_nb.model import DETR, ObjectQueries, detr_tiny, postprocess
 from detr_nb.notation import Memory, Queries
 from detr_nb.shapes import DEFAULT
@@ -82,8 +82,8 @@ def judge(model: DETR, data: MemoryDataset) -> dict[str, object]:
     out, targets = predict_layers(model, data)
     layers = []
     for layer in range(len(out.boxes)):
-        found = postprocess(only_layer(out, layer), [target["size"] for target in targets])
-        shares = postprocess(only_layer(out, layer), [(1, 1)] * len(targets))
+        found = postprocess(out.layer(layer), [target["size"] for target in targets])
+        shares = postprocess(out.layer(layer), [(1, 1)] * len(targets))
         plain = coco_evaluate(targets, found, data.names, data.category_ids)
         nms = coco_evaluate(targets, [drop_repeats(row) for row in found], data.names, data.category_ids)
         layers.append({

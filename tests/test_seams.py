@@ -114,6 +114,27 @@ def test_new_classes_reach_the_head_the_proposals_and_the_labels(run):
     assert all(value.isfinite() for value in losses.values())
 
 
+@dataclass(frozen=True)
+class Tied(Everything):
+    """The first detector with one class map for the head and for the proposals."""
+
+    def decoder(self, columns: int, memory: nn.Module, queries: nn.Module) -> nn.Module:
+        """Layers whose head borrows a map of the queries."""
+        decoder = super().decoder(columns, memory, queries)
+        decoder.head.classes = queries.propose.classes
+        return decoder
+
+
+def test_a_part_with_two_names_is_saved_once_and_stays_one(tmp_path):
+    model = Tied(num_queries=5, **TINY).build(3).eval()
+    model.save_pretrained(tmp_path)
+    again = pretrained_model(tmp_path)
+    assert again.decoder.head.classes.weight is again.queries.propose.classes.weight
+    assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert [len(table.weight) for table in replace_head(again, 5).class_maps()] == [5, 5, 6]
+    assert again.decoder.head.classes is again.queries.propose.classes
+
+
 def test_the_criterion_refuses_a_part_that_it_does_not_know():
     model = EVERYTHING.build(3)
     one = [truth()[1]] * 2
