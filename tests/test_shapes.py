@@ -158,12 +158,15 @@ def test_classes_and_turns_are_even():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"size": 4}, "size=4"), ({"classes": 0}, "classes=0"), ({"classes": 9}, "8 shapes"),
-        ({"min_objects": 11}, "max_objects=10"), ({"min_objects": -1}, "min_objects=-1"), ({"max_objects": 256}, "255"),
-        ({"min_side": 0}, "min_side=0"), ({"min_side": 0.6}, "max_side=0.5"), ({"max_side": 1.5}, "max_side=1.5"),
-        ({"max_overlap": -0.1}, "max_overlap=-0.1"), ({"clutter": -1}, "clutter=-1"), ({"contrast": 2}, "contrast=2"),
-        ({"noise": float("nan")}, "noise=nan"), ({"stripes": -0.1}, "stripes=-0.1"),
-        ({"min_side": float("nan")}, "min_side=nan"),
+        ({"size": 4}, "size is 4: it must be"), ({"classes": 0}, "classes is 0: it must be"),
+        ({"classes": 9}, "8 shapes"), ({"min_objects": 11}, "max_objects=10"),
+        ({"min_objects": -1}, "min_objects is -1: it must be"), ({"max_objects": 256}, "255"),
+        ({"min_side": 0}, "min_side is 0: it must be"), ({"min_side": 0.6}, "max_side=0.5"),
+        ({"max_side": 1.5}, "max_side is 1.5: it must be"),
+        ({"max_overlap": -0.1}, "max_overlap is -0.1: it must be"), ({"clutter": -1}, "clutter is -1: it must be"),
+        ({"contrast": 2}, "contrast is 2: it must be"), ({"noise": float("nan")}, "noise is nan: it must be"),
+        ({"stripes": -0.1}, "stripes is -0.1: it must be"),
+        ({"min_side": float("nan")}, "min_side is nan: it must be"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_in_words(change, words):
