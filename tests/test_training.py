@@ -189,7 +189,7 @@ def test_a_rate_of_zero_is_refused():
 
 def test_the_pace_reaches_rates_and_loss(scenes):
     run = start(replace(CONFIG, steps=4, weight_ce=4, final_weight_ce=1), scenes[0])
-    criterion = build_criterion(run.config, 3)
+    criterion = build_criterion(run.config, run.model)
     run.step = 2
     set_pace(run, criterion)
     assert criterion.last_layer_weights["loss_ce"] == pytest.approx(2)
@@ -245,7 +245,7 @@ def fit_until(config: TrainConfig, after: int) -> None:
     run = start(config, train)
     stream = ends(batches(train.loader(config.batch_size, config.seed), run.step))
     with tqdm(disable=True) as bar:
-        train_until_done(run, build_criterion(config, len(train.names)), stream, val, bar)
+        train_until_done(run, build_criterion(config, run.model), stream, val, bar)
 
 
 SEVERAL = [pytest.param(stops, CONFIG.data, marks=pytest.mark.slow) for stops in ((5,), (2, 3), (0, 1, 1))]
@@ -386,7 +386,7 @@ def test_memory_is_traded_without_changing_the_run(how):
     batch = next(MemoryLoader(CONFIG.data.load()[0], 4, 0).epoch(0))
     gradients = []
     for run in runs:
-        criterion = build_criterion(run.config, 3)
+        criterion = build_criterion(run.config, run.model)
         with chapter.ready_to_train(run) as model:
             run.model.memory.backbone.eval()
             chapter.differentiate(model, criterion, batch.split(run.config.accumulate), run.accelerator)
