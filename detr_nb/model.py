@@ -381,7 +381,7 @@ class PlaneBoxes:
 
     proper: ClassVar[str] = "a finite cxcywh box with a size of at least 0"
 
-    def encode(self, target: Target) -> Tensor:
+    def encode(self, target: Target) -> Float[Tensor, "..."]:
         """The numbers that the model should predict for each object; who takes them checks their shape."""
         return target["boxes"]
 

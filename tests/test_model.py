@@ -298,7 +298,7 @@ def test_a_detector_without_classes_is_refused(build):
 
 
 def test_a_detector_without_queries_is_refused():
-    with pytest.raises(ValueError, match="num_queries=0"):
+    with pytest.raises(ValueError, match="num_queries is 0: it must be a whole number of at least 1"):
         detr_tiny(num_queries=0)
 
 
