@@ -101,7 +101,7 @@ def named(name: str, values: Float[Tensor, " i"]) -> dict[str, Tensor]:
     last = len(values) - 1
     return {name if i == last else f"{name}_{i}": value for i, value in enumerate(values.unbind())}
 
-# %% ../nbs/10_losses.ipynb #910ba3b3
+# %% ../nbs/10_losses.ipynb #910ba3b1
 class Normaliser(NamedTuple):
     """What the losses of a batch are divided by; the numbers of parts of a batch add up.
 
@@ -120,6 +120,7 @@ def combine(function: Callable[[Sequence[Number]], Number], parts: Sequence[Norm
     extra = {name: combine(function, [part.extra[name] for part in parts]) for name in parts[0].extra}
     return Normaliser(*(function([getattr(part, name) for part in parts]) for name in ("boxes", "classes")), extra)
 
+# %% ../nbs/10_losses.ipynb #910ba3b2
 @dataclass(frozen=True)
 class SoftmaxClasses:
     """How DETR judges classes: weighted cross-entropy over the classes and no-object.
@@ -162,6 +163,7 @@ class SoftmaxClasses:
         """True where a query claims an object."""
         return logits.argmax(-1) != logits.shape[-1] - 1
 
+# %% ../nbs/10_losses.ipynb #910ba3b3
 def set_losses(
     out: Output, targets: PaddedTargets, matches: Matches, classes: object | None = None, boxes: object | None = None,
     by: Normaliser | None = None,
@@ -192,13 +194,13 @@ def set_losses(
     by_layer = {name: value for key, values in losses.items() for name, value in named(key, values).items()}
     return {**by_layer, "class_error": class_error(out.logits[matched][-1], wanted[matched][-1])}
 
-# %% ../nbs/10_losses.ipynb #c188cafc
+# %% ../nbs/10_losses.ipynb #c188cafb
 def with_part(name: str, part: str) -> str:
     """The name of a loss of an extra part: `loss_ce_0` of the part dn is `loss_ce_dn_0`."""
     stem, layer = re.fullmatch(r"(.*?)(_\d+)?", name).groups("")
     return f"{stem}_{part}{layer}"
 
-
+# %% ../nbs/10_losses.ipynb #c188cafc
 class SetCriterion(nn.Module):
     """DETR's loss: match, then judge class and box of every query at every layer.
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CARD', 'TINY', 'TINY_STRIDES', 'CONFIG', 'WEIGHTS', 'MODEL_TYPE', 'BESIDE', 'resize_padding', 'cell_centres',
-           'check_padding', 'picture_sizes', 'SingleLevelMemory', 'Draws', 'RecordedDraws', 'ObjectQueries', 'Scored',
-           'Scores', 'SoftmaxScores', 'SigmoidScores', 'MLP', 'Head', 'PlaneBoxes', 'check_images', 'HubMixin', 'DETR',
+           'picture_sizes', 'check_padding', 'SingleLevelMemory', 'ObjectQueries', 'Scored', 'Scores', 'SoftmaxScores',
+           'SigmoidScores', 'MLP', 'Head', 'PlaneBoxes', 'Draws', 'RecordedDraws', 'check_images', 'HubMixin', 'DETR',
            'BackboneConfig', 'TinyConfig', 'ResNetConfig', 'HandMade', 'DETRConfig', 'detr', 'detr_resnet50',
            'detr_resnet50_dc5', 'detr_resnet101', 'detr_resnet101_dc5', 'detr_resnet18', 'load_tiny_weights',
            'detr_tiny', 'TinyModel', 'ResNetModel', 'postprocess', 'outline', 'describe', 'check_classes',
@@ -58,20 +58,6 @@ def cell_centres(pad: Bool[Tensor, "b y x"]) -> Float[Tensor, "b y x 2"]:
     x, y = grid_coordinates(pad).unbind(-1)  # counted from 1 at the first valid cell
     return torch.stack(((x - 0.5) / x[:, :, -1:].clamp(min=1), (y - 0.5) / y[:, -1:].clamp(min=1)), -1)
 
-# %% ../nbs/08_model.ipynb #20beacfa
-def check_padding(pad: Bool[Tensor, "b y x"]) -> None:
-    """Refuse a grid without any valid cell: attention over nothing would be NaN. Silent while a graph is traced.
-
-    Raises:
-        ValueError: naming the images of the batch that are all padding.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return
-    empty = pad.flatten(1).all(1)
-    if empty.any():
-        raise ValueError(f"images {empty.nonzero().flatten().tolist()} of the batch are all padding on the "
-                         f"{pad.shape[1]} x {pad.shape[2]} feature grid: pad is True where there is NO picture")
-
 # %% ../nbs/08_model.ipynb #6376df0a
 def picture_sizes(
     pixels: Bool[Tensor, "b y x"], cells: Bool[Tensor, "b y2 x2"], stride: int
@@ -90,6 +76,20 @@ def picture_sizes(
     share = torch.stack((whole[:, 0].mean(1), whole[:, :, 0].mean(1)), -1)
     size = torch.stack((exact[:, 0].sum(1), exact[:, :, 0].sum(1)), -1) / stride
     return share[:, None], size[:, None]
+
+# %% ../nbs/08_model.ipynb #20beacfa
+def check_padding(pad: Bool[Tensor, "b y x"]) -> None:
+    """Refuse a grid without any valid cell: attention over nothing would be NaN. Silent while a graph is traced.
+
+    Raises:
+        ValueError: naming the images of the batch that are all padding.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    empty = pad.flatten(1).all(1)
+    if empty.any():
+        raise ValueError(f"images {empty.nonzero().flatten().tolist()} of the batch are all padding on the "
+                         f"{pad.shape[1]} x {pad.shape[2]} feature grid: pad is True where there is NO picture")
 
 # %% ../nbs/08_model.ipynb #6376df1a
 class SingleLevelMemory(nn.Module):
@@ -134,71 +134,12 @@ class SingleLevelMemory(nn.Module):
         return Memory(*rows, shapes=(size,), features=tuple(features), valid=valid, cells=cells, cameras=cameras)
 
 # %% ../nbs/08_model.ipynb #37848209
-class Draws:
-    """Random numbers that a model asks for in training; DETR asks for none.
-
-    They come from torch's generator, which a run seeds anew in every step, so that a run that goes on after a stop, or
-    in several processes, draws what it would have drawn.
-    """
-
-    def uniform(self, name: str, shape: Sequence[int], like: Float[Tensor, "..."]) -> Float[Tensor, "*n"]:
-        """Numbers from [0, 1), under a name for those who record them.
-
-        Args:
-            name: what is drawn.
-            shape: of the numbers.
-            like: a tensor whose device and type they take.
-        """
-        return torch.rand(tuple(shape), dtype=like.dtype, device=like.device)
-
-    def integers(
-        self, name: str, high: int, shape: Sequence[int], like: Float[Tensor, "..."]
-    ) -> Int[Tensor, "*n"]:
-        """Whole numbers from 0 to high - 1; the other arguments are those of `uniform`."""
-        return torch.randint(high, tuple(shape), device=like.device)
-
-
-class RecordedDraws(Draws):
-    """Draws that were made before, so that a model in training can be compared with another.
-
-    Args:
-        recorded: the numbers of each name.
-
-    Raises:
-        KeyError: when a name is drawn that was not recorded.
-        ValueError: when another shape is drawn than was recorded.
-    """
-
-    def __init__(self, **recorded: Shaped[Tensor, "..."]):
-        self.recorded = recorded
-
-    def take(self, name: str, shape: Sequence[int]) -> Shaped[Tensor, "*n"]:
-        """The numbers of a name."""
-        if self.recorded[name].shape != tuple(shape):
-            raise ValueError(f"draw {name!r} has shape {tuple(shape)}, but {tuple(self.recorded[name].shape)} was "
-                             "recorded")
-        return self.recorded[name]
-
-    def uniform(self, name: str, shape: Sequence[int], like: Float[Tensor, "..."]) -> Float[Tensor, "*n"]:
-        """The recorded numbers."""
-        return self.take(name, shape).to(like)
-
-    def integers(
-        self, name: str, high: int, shape: Sequence[int], like: Float[Tensor, "..."]
-    ) -> Int[Tensor, "*n"]:
-        """The recorded whole numbers."""
-        return self.take(name, shape).to(like.device)
-
-
 class ObjectQueries(nn.Module):
     """One learned vector a query, used as its position; the content starts at zero (DETR, section 3.2).
 
     Args:
         count: number of queries, the largest number of objects that can be found in one image.
         d: model width.
-
-    Attributes:
-        draws: where random numbers come from; DETR needs none.
 
     Raises:
         ValueError: if there is no query.
@@ -208,7 +149,7 @@ class ObjectQueries(nn.Module):
         super().__init__()
         if count < 1:
             raise ValueError(f"a DETR needs at least one query, got num_queries={count}")
-        self.embedding, self.draws = nn.Embedding(count, d), Draws()
+        self.embedding = nn.Embedding(count, d)
 
     def forward(self, memory: Memory, targets: Sequence[Target] | None = None) -> Queries:
         """Give every image of the batch the same queries; DETR asks neither the image nor the targets."""
@@ -296,7 +237,7 @@ class SoftmaxScores(Scores):
         best, labels = self(logits).max(-1)
         return Scored(best, labels, torch.arange(logits.shape[1], device=logits.device).expand_as(labels))
 
-
+# %% ../nbs/08_model.ipynb #cadd4f72
 @dataclass(frozen=True)
 class SigmoidScores(Scores):
     """Each class is a question of its own, with yes or no; "nothing here" is a no to all (most descendants of DETR).
@@ -411,6 +352,63 @@ class PlaneBoxes:
     ) -> tuple[Float[Tensor, "n 4"], Bool[Tensor, " n"]]:
         """Boxes as they are reported, xyxy in the units of `size` (height, width), and which of them may be: all."""
         return scale_boxes(cxcywh_to_xyxy(boxes), *size), torch.ones_like(boxes[:, 0], dtype=torch.bool)
+
+# %% ../nbs/08_model.ipynb #6d89f407
+#| code-fold: true
+class Draws:
+    """Random numbers that a model asks for in training; DETR asks for none.
+
+    They come from torch's generator, which a run seeds anew in every step, so that a run that goes on after a stop, or
+    in several processes, draws what it would have drawn.
+    """
+
+    def uniform(self, name: str, shape: Sequence[int], like: Float[Tensor, "..."]) -> Float[Tensor, "*n"]:
+        """Numbers from [0, 1), under a name for those who record them.
+
+        Args:
+            name: what is drawn.
+            shape: of the numbers.
+            like: a tensor whose device and type they take.
+        """
+        return torch.rand(tuple(shape), dtype=like.dtype, device=like.device)
+
+    def integers(
+        self, name: str, high: int, shape: Sequence[int], like: Float[Tensor, "..."]
+    ) -> Int[Tensor, "*n"]:
+        """Whole numbers from 0 to high - 1; the other arguments are those of `uniform`."""
+        return torch.randint(high, tuple(shape), device=like.device)
+
+
+class RecordedDraws(Draws):
+    """Draws that were made before, so that a model in training can be compared with another.
+
+    Args:
+        recorded: the numbers of each name.
+
+    Raises:
+        KeyError: when a name is drawn that was not recorded.
+        ValueError: when another shape is drawn than was recorded.
+    """
+
+    def __init__(self, **recorded: Shaped[Tensor, "..."]):
+        self.recorded = recorded
+
+    def take(self, name: str, shape: Sequence[int]) -> Shaped[Tensor, "*n"]:
+        """The numbers of a name."""
+        if self.recorded[name].shape != tuple(shape):
+            raise ValueError(f"draw {name!r} has shape {tuple(shape)}, but {tuple(self.recorded[name].shape)} was "
+                             "recorded")
+        return self.recorded[name]
+
+    def uniform(self, name: str, shape: Sequence[int], like: Float[Tensor, "..."]) -> Float[Tensor, "*n"]:
+        """The recorded numbers."""
+        return self.take(name, shape).to(like)
+
+    def integers(
+        self, name: str, high: int, shape: Sequence[int], like: Float[Tensor, "..."]
+    ) -> Int[Tensor, "*n"]:
+        """The recorded whole numbers."""
+        return self.take(name, shape).to(like.device)
 
 # %% ../nbs/08_model.ipynb #580f6e9a
 def check_images(images: Tensor, pad: Tensor | None, cameras: Tensor | None = None) -> None:

@@ -63,7 +63,7 @@ class FeedForward(nn.Sequential):
         for linear in (self[0], self[3]):
             nn.init.xavier_uniform_(linear.weight)
 
-# %% ../nbs/07_transformer.ipynb #05c18412
+# %% ../nbs/07_transformer.ipynb #05c18411
 class CellAttention(MultiHeadAttention):
     """Self-attention among the tokens of a memory; their positions are added for the comparison."""
 
@@ -80,7 +80,7 @@ class CellAttention(MultiHeadAttention):
         """The weights of the same look."""
         return self.weights(x + memory.pos, x + memory.pos, memory.pad)
 
-
+# %% ../nbs/07_transformer.ipynb #05c18412
 class EncoderLayer(nn.Module):
     """Self-attention among all tokens of the memory, then the feed-forward net.
 
@@ -175,7 +175,7 @@ class DenseCrossAttention(nn.Module):
         """The weights of the same look, before dropout."""
         return self.attention.weights(content + where.cross, memory.x + memory.pos, memory.pad, where.extra)
 
-# %% ../nbs/07_transformer.ipynb #d285c4b2
+# %% ../nbs/07_transformer.ipynb #d285c4b1
 class QueryAttention(MultiHeadAttention):
     """Self-attention among queries; their positions are added for the comparison."""
 
@@ -197,7 +197,7 @@ class QueryAttention(MultiHeadAttention):
         """The weights of the same look."""
         return self.weights(x + pos, x + pos, bias=bias)
 
-
+# %% ../nbs/07_transformer.ipynb #d285c4b2
 class DecoderLayer(nn.Module):
     """Self-attention among queries, cross-attention into the memory, feed-forward.
 
@@ -261,7 +261,7 @@ class StaticQueryPosition(nn.Module):
         """
         return QueryPosition(pos, pos)
 
-# %% ../nbs/07_transformer.ipynb #1aee9aef
+# %% ../nbs/07_transformer.ipynb #1aee9aee
 def split_groups(out: Output, queries: Queries) -> Output:
     """Put what belongs to training only aside, each part under its name in `extra`.
 
@@ -277,7 +277,7 @@ def split_groups(out: Output, queries: Queries) -> Output:
     answering = out.queries(rest.nonzero().flatten().to(out.logits.device)) if queries.groups else out
     return answering._replace(extra=extra)
 
-
+# %% ../nbs/07_transformer.ipynb #1aee9aef
 class Decoder(nn.Module):
     """Refine all queries at once, layer by layer, and predict after every layer.
 
