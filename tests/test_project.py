@@ -1,6 +1,7 @@
 """The ground: notebooks, tables of contents, exported modules, addresses and packaging agree with each other."""
 
 import ast
+import builtins
 import configparser
 import json
 import os
@@ -550,3 +551,27 @@ def test_the_install_cell_works_in_a_clean_environment(tmp_path):
                             capture_output=True, env=kept | environment, timeout=900)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     assert "experiments\n" in result.stdout and "runs, " in result.stdout
+
+
+def names_made(tree: ast.AST) -> set[str]:
+    """Every name that a program binds somewhere."""
+    made = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            made |= {(part.asname or part.name).split(".")[0] for part in node.names}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef | ast.ExceptHandler):
+            made.add(node.name)
+        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            made.add(node.id)
+        elif isinstance(node, ast.arg):
+            made.add(node.arg)
+    return made
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_a_notebook_uses_only_names_that_it_has(path):
+    """The linter cannot say it: to it the axes in annotations are names, too. Execution says it minutes later."""
+    lines = [line for source in code_cells(read(path)) if "!git clone" not in source for line in source.splitlines()]
+    tree = ast.parse("\n".join(line for line in lines if not line.lstrip().startswith("%")))
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    assert used <= names_made(tree) | set(dir(builtins))
