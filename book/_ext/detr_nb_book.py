@@ -361,12 +361,15 @@ def link_module(app, doctree) -> None:
         sections[-1] += nodes.paragraph("", words, link, nodes.Text("."))
 
 
+LINKED = (nodes.reference, addnodes.pending_xref, addnodes.desc_signature)  # what is or becomes a link
+
+
 def link_names(app, doctree) -> None:
     """Make the first mention of each name a reference."""
     seen = set()
     for literal in list(doctree.findall(nodes.literal)):
         full = library_names().get(literal.astext().removesuffix("()"))
-        if full is None or full in seen or stands_in(literal, nodes.title, nodes.reference, addnodes.desc_signature):
+        if full is None or full in seen or stands_in(literal, nodes.title, *LINKED):
             continue
         seen.add(full)
         literal.replace_self(reference_to(app, "obj", full, literal))
@@ -400,6 +403,11 @@ def set_repository(app, config) -> None:
 def skip_fields(app, what, name, obj, skip, options) -> bool | None:
     """Leave out the fields of named tuples, which the docstring of the class already describes."""
     return True if type(obj).__name__ == "_tuplegetter" else None
+
+
+def escape_axes(app, what, name, obj, options, lines) -> None:
+    """In the type of a field, an axis such as `*n` is no beginning of emphasis."""
+    lines[:] = [line.replace("'*", "'\\*") if line.startswith(":vartype") else line for line in lines]
 
 
 def plan(app, env, docnames) -> None:
@@ -438,6 +446,7 @@ def setup(app):
     NbElementRenderer.render_image = render_image
     app.connect("config-inited", set_repository, priority=100)
     app.connect("autodoc-skip-member", skip_fields)
+    app.connect("autodoc-process-docstring", escape_axes, priority=900)  # after the docstrings are rewritten
     app.connect("env-before-read-docs", plan)
     app.connect("source-read", say_start, priority=100)
     app.connect("source-read", note_sources)
