@@ -183,7 +183,7 @@ def find_kind(word: str, base: type["Config"]) -> type["Config"]:
         found = getattr(sys.modules.get(home), name, None)
     if not isinstance(found, type) or not issubclass(found, base):
         raise ConfigError("kind", f"is {word!r}: it must be one of {', '.join(sorted(known_kinds(base)))}")
-    if home and HOMES.get(name, home) != home:
+    if home and address(found) != word and HOMES.get(name, home) != home:
         warnings.warn(f"{word} has moved to {HOMES[name]}: write {name}", FutureWarning, stacklevel=2)
     return found
 
