@@ -69,7 +69,7 @@ class TinyBackbone(nn.Module):
         self, widths: tuple[int, ...] = (32, 64, 128), strides: tuple[int, ...] = (4, 8, 16), coordinates: bool = False
     ):
         super().__init__()
-        if len(strides) != len(widths) or strides[0] != 4 or any(b % a for a, b in pairwise(strides)):
+        if not widths or len(strides) != len(widths) or strides[0] != 4 or any(b % a for a, b in pairwise(strides)):
             raise ValueError(f"strides must be {len(widths)} numbers, the first 4, each a multiple of the one before; "
                              f"got {strides}")
         self.coordinates, self.widths, self.strides, self.channels = coordinates, widths, strides, widths[-1]

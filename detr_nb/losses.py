@@ -157,7 +157,7 @@ class SoftmaxClasses:
             wanted: the class every query should predict.
             by: what the sum over queries is divided by.
         """
-        return classification_loss(logits, wanted, self.no_object_weight, by)
+        return classification_loss(logits, wanted, self.no_object_weight, by or 1)  # nothing weighs anything: 0
 
     def claimed(self, logits: Float[Tensor, "i b q c"]) -> Bool[Tensor, "i b q"]:
         """True where a query claims an object."""
@@ -291,7 +291,7 @@ class SetCriterion(nn.Module):
         losses = self.own_losses(out, self.prepare(targets), by)
         if unknown := out.extra.keys() - self.extra.keys():
             raise ValueError(f"the model predicts {sorted(unknown)} in training, for which this criterion has no part: "
-                             "take criterion_for(model)")
+                             "take criterion_for(model), or register a loss for the model (`authors_criterion`)")
         for name, part in out.extra.items():
             found = self.extra[name](part, targets, by.extra[name])
             losses |= {with_part(key, name): value for key, value in found.items()}

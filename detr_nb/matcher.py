@@ -93,7 +93,7 @@ def pad_targets(targets: Sequence[Target], like: Tensor, boxes: object | None = 
 
 # %% ../nbs/09_matcher.ipynb #cdaf4ae4
 def class_cost(out: Output, targets: PaddedTargets) -> Float[Tensor, "i b q t"]:
-    """Minus the probability of the target's class (DETR, section 3.1): no logarithm, so it stays beside the boxes."""
+    """Minus the probability of the target's class (DETR, section 3.1): no logarithm, in scale with the boxes."""
     probability = out.logits.float().softmax(-1)
     i, _, q, _ = probability.shape
     return -probability.gather(-1, targets.labels[None, :, None].expand(i, -1, q, -1))

@@ -9,7 +9,7 @@ __all__ = ['CARD', 'TINY', 'TINY_STRIDES', 'CONFIG', 'WEIGHTS', 'MODEL_TYPE', 'B
            'BackboneConfig', 'TinyConfig', 'ResNetConfig', 'HandMade', 'DETRConfig', 'detr', 'detr_resnet50',
            'detr_resnet50_dc5', 'detr_resnet101', 'detr_resnet101_dc5', 'detr_resnet18', 'load_tiny_weights',
            'detr_tiny', 'TinyModel', 'ResNetModel', 'postprocess', 'outline', 'describe', 'check_classes',
-           'model_config', 'damaged', 'read_json', 'read_safetensors', 'with_twins', 'read_description',
+           'model_config', 'damaged', 'read_json', 'read_safetensors', 'with_twins', 'left_out', 'read_description',
            'model_from_config', 'saved_model', 'from_hub', 'last_features', 'learned_grid', 'DETRDemo']
 
 # %% ../nbs/08_model.ipynb #8eff236c
@@ -33,7 +33,7 @@ from torchvision.models import resnet50
 
 from .backbone import ResNet, TinyBackbone, imagenet_weights
 from .boxes import cxcywh_to_xyxy, giou, pairwise_giou, scale_boxes
-from .config import Config, ConfigError, Fraction, Layers, ModelConfig, Positive, QueryCount, Width
+from .config import Config, ConfigError, Depth, Fraction, Layers, ModelConfig, Positive, QueryCount, Width
 from .data import Preprocess
 from .notation import Memory, Number, Output, Prediction, Queries, Target
 from .positions import SinePositions, grid_coordinates
@@ -564,7 +564,7 @@ class DETR(nn.Module, HubMixin):
     def postprocess(
         self, out: Output, sizes: Sequence[tuple[int, int]] | Int[Tensor, "b 2"]
     ) -> list[dict[str, Tensor]]:
-        """Detections of the last layer, as this model's scores and boxes are meant; see `postprocess`."""
+        """Detections of the last layer, read by this model's own `scores` and `boxes`; see `postprocess`."""
         return postprocess(out, sizes, self.scores, self.boxes)
 
     @property
@@ -604,7 +604,10 @@ class DETR(nn.Module, HubMixin):
 
 # %% ../nbs/08_model.ipynb #8c0f0001
 class BackboneConfig(Config):
-    """What builds a backbone: a module that maps images to a list of features, finest first, and has `channels`."""
+    """What builds a backbone: a module that maps images to a list of features, finest first.
+
+    It has `channels` (of the last), `strides` (of each) and `blocks()` (parts that may be computed twice, if any).
+    """
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -672,7 +675,7 @@ class HandMade(BackboneConfig):
         return self.module
 
     def architecture(self) -> BackboneConfig:
-        """That of the two kinds above; itself, for which files have no words, if it is of another."""
+        """`TinyConfig` or `ResNetConfig` if the module is of that kind; else this one, which no file can hold."""
         module = self.module
         if type(module) is TinyBackbone:
             return TinyConfig(module.widths, module.strides, module.coordinates)
@@ -706,7 +709,7 @@ class DETRConfig(ModelConfig):
     hidden_dim: Width = 256
     nheads: Width = 8
     enc_layers: Layers = 6
-    dec_layers: Layers = 6
+    dec_layers: Depth = 6
     dim_feedforward: Width = 2048
     dropout: Fraction = 0.1
     pre_norm: bool = False
@@ -792,10 +795,10 @@ def detr(
     nheads: int = 8, enc_layers: int = 6, dec_layers: int = 6, dim_feedforward: int = 2048, dropout: Number = 0.1,
     pre_norm: bool = False, temperature: Number = 10000, aux_loss: bool = True,
 ) -> DETR:
-    """Assemble DETR on a backbone: `DETRConfig(...).build(num_classes)` in one call, for a backbone that is there too.
+    """Assemble DETR: `DETRConfig(...).build(num_classes)` in one call; the backbone may be a module that exists.
 
     Args:
-        backbone: its configuration, or a module that maps images to a list of features and has `channels`.
+        backbone: its configuration, or a module like those that `BackboneConfig` speaks of.
         num_classes: number of classes, no-object not counted.
         num_queries: as in `DETRConfig`, like all that follow.
         hidden_dim: width of the tokens and queries.
@@ -954,7 +957,7 @@ class TinyModel(ModelConfig):
     hidden_dim: Width = 128
     nheads: Width = 4
     enc_layers: Layers = 1
-    dec_layers: Layers = 3
+    dec_layers: Depth = 3
     dim_feedforward: Width = 256
     dropout: Fraction = 0.0
     pre_norm: bool = True
@@ -989,7 +992,7 @@ class ResNetModel(ModelConfig):
     hidden_dim: Width = 256
     nheads: Width = 8
     enc_layers: Layers = 6
-    dec_layers: Layers = 6
+    dec_layers: Depth = 6
     dim_feedforward: Width = 2048
     dropout: Fraction = 0.1
 
@@ -1084,11 +1087,15 @@ def model_config(model: DETR) -> dict[str, object]:
     """
     words = describe(model)
     check_classes(model.names, model.category_ids, model.num_classes)
+    try:
+        threshold = float(model.threshold)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"threshold is {model.threshold!r}: it must be a number from 0 to 1") from error
     return {
         "model_type": MODEL_TYPE, **words,
         "names": None if model.names is None else [str(name) for name in model.names],
         "category_ids": None if model.category_ids is None else [int(i) for i in model.category_ids],
-        "preprocess": asdict(model.preprocess), "threshold": model.threshold,
+        "preprocess": asdict(model.preprocess), "threshold": threshold,
     }
 
 # %% ../nbs/08_model.ipynb #5a7e0022
@@ -1145,6 +1152,13 @@ def with_twins(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tenso
 BESIDE = ("model_type", "num_classes", "names", "category_ids", "preprocess", "threshold")  # in config.json
 
 
+def left_out(whole: Mapping[str, object], told: Mapping[str, object]) -> list[str]:
+    """Dotted names of what a description should hold and does not; kinds, and how weights start, may go unsaid."""
+    missing = [name for name in whole if name not in ("kind", "pretrained", *told)]
+    nested = {name: value for name, value in whole.items() if isinstance(value, Mapping) and name in told}
+    return missing + [f"{name}.{one}" for name, value in nested.items() for one in left_out(value, told[name])]
+
+
 def read_description(words: Mapping[str, object]) -> ModelConfig:
     """The configuration in what `describe` gave, or a config.json; without `kind` it is an older one, a `DETRConfig`.
 
@@ -1153,7 +1167,7 @@ def read_description(words: Mapping[str, object]) -> ModelConfig:
     """
     told = {name: value for name, value in words.items() if name not in BESIDE}
     config = ModelConfig.read({"kind": "DETRConfig", **told})
-    if missing := [name for name in config.plain() if name not in ("kind", *told)]:
+    if missing := left_out(config.plain(), told):
         raise ConfigError(missing[0], "is missing: weights fit no other value than the one that they were saved with")
     return config.architecture()  # nothing is fetched, whatever the file says
 

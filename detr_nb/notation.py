@@ -158,7 +158,7 @@ class Output(NamedTuple):
     repeats: int = 1
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> "Output":
-        """The same predictions with every tensor changed, those of the extra parts too.
+        """The same with every predicted tensor changed, those of the extra parts too; known matches stay.
 
         Args:
             change: maps a tensor to a tensor, such as `Tensor.float`.
@@ -209,7 +209,8 @@ def toy_output() -> Output:
 class Memory(NamedTuple):
     """What the encoder reads and writes: the cells of each image as a list of tokens.
 
-    DETR uses the first six fields. Tokens stand level by level, view by view, row by row.
+    DETR itself reads `x`, `pos` and `pad`; pictures of this book also read `xy`, `shapes` and `features`, and the rest
+    is for descendants. Tokens stand level by level, view by view, row by row.
 
     Attributes:
         x: content of the tokens.

@@ -723,13 +723,15 @@ def resize_queries(model: DETR, n: int, keep: Iterable[int] | None = None) -> DE
     Raises:
         ValueError: if `n` is less than 1, or `keep` is longer than `n` or names queries that do not exist.
     """
+    if not hasattr(model.queries, "resize"):
+        raise ValueError(f"the queries of this model, {type(model.queries).__name__}, cannot be resized")
+    config = model.config and replace(model.config, num_queries=n)
     old = model.queries.count
     ids = checked_ids(range(min(n, old)) if keep is None else keep, old, "old queries in keep")
     if len(ids) > n:
         raise ValueError(f"keep names {len(ids)} queries, but only {n} are wanted")
     model.queries.resize(n, ids)
-    if model.config is not None:
-        model.config = replace(model.config, num_queries=n)
+    model.config = config
     return model
 
 # %% ../nbs/14_pretrained.ipynb #2e95ab60

@@ -267,7 +267,7 @@ def split_groups(out: Output, queries: Queries) -> Output:
 
     Args:
         out: predictions of all queries.
-        queries: what the decoder started from; DETR has neither groups nor proposals, and gets `out` back.
+        queries: what the decoder started from; DETR has neither groups nor proposals: its predictions stay.
     """
     extra = {} if queries.proposals is None else {"proposals": Output(*(part[None] for part in queries.proposals))}
     rest = torch.ones(out.logits.shape[2], dtype=torch.bool)

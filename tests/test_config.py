@@ -43,6 +43,7 @@ from detr_nb.model import (
     detr_tiny,
     read_description,
 )
+from detr_nb.pretrained import resize_queries
 from detr_nb.shapes import EASY, HARD
 from detr_nb.training import CocoData, DataConfig, DataSource, ModelSource, ShapesData, Sizes, TrainConfig, read_config
 
@@ -347,3 +348,45 @@ def test_the_recipe_of_the_paper_is_read():
     recipe = Path(__file__).parents[1] / "results" / "paper_coco.yaml"
     config = read_config(["--config", str(recipe)])
     assert config.model == ResNetModel() and config.epochs == 300 and config.data.train == Path("coco/train2017")
+
+
+def test_a_description_must_hold_every_field_however_deep():
+    words = describe(detr_nb.model.detr_tiny())
+    assert read_description(words) == detr_nb.model.detr_tiny().config
+    for name in ("strides", "coordinates"):
+        backbone = {key: value for key, value in words["backbone"].items() if key != name}
+        with pytest.raises(ConfigError, match=rf"backbone\.{name} is missing"):
+            read_description({**words, "backbone": backbone})
+
+
+@pytest.mark.parametrize(("text", "complaint"), [
+    ("model:\n  class_path: TinyModel\n  num_queries: 5", "num_queries is unknown beside class_path"),
+    ("", "the text is None"), ("- 1", "the text is .* it must be lines of names and values"), ("steps: [", "no YAML"),
+], ids=["beside class_path", "empty", "a list", "no yaml"])
+def test_a_text_that_is_no_configuration_is_refused_in_words(text, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        text_config(TrainConfig, text)
+
+
+@pytest.mark.parametrize("layers", [0, 101])
+def test_a_decoder_has_at_least_one_layer(layers):
+    with pytest.raises(ConfigError, match="dec_layers is .* at least 1 and at most 100"):
+        DETRConfig(dec_layers=layers)
+    with pytest.raises(ValueError, match="strides must be 0 numbers"):
+        TinyConfig((), ()).build()
+
+
+def test_a_number_of_queries_that_is_not_allowed_leaves_the_model_as_it_was():
+    model = detr_nb.model.detr_tiny()
+    with pytest.raises(ConfigError, match="num_queries is 200000"):
+        resize_queries(model, 200000)
+    assert model.queries.count == model.config.num_queries == 16
+
+
+@pytest.mark.parametrize("threshold", [None, "high"])
+def test_a_threshold_that_is_no_number_is_refused_before_anything_is_written(threshold, tmp_path):
+    model = detr_nb.model.detr_tiny()
+    model.threshold = threshold
+    with pytest.raises(ValueError, match="threshold is .* a number from 0 to 1"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not list(tmp_path.rglob("*.json")) and not list(tmp_path.rglob("*.safetensors"))
