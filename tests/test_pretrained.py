@@ -777,7 +777,7 @@ def test_fewer_and_more_queries(tiny):
 
 
 @pytest.mark.parametrize("n, keep, words", [
-    (0, None, "at least one query"), (2, [0, 1, 2], "keep names 3 queries"), (5, [0, 16], "from 0 to 15"),
+    (0, None, "num_queries is 0"), (2, [0, 1, 2], "keep names 3 queries"), (5, [0, 16], "from 0 to 15"),
     (5, [1, 1], "different"), (5, [-1], "from 0 to 15"),
 ])
 def test_impossible_queries_are_refused_and_change_nothing(tiny, n, keep, words):
