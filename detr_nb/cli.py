@@ -276,12 +276,12 @@ COMMANDS: Mapping[str, tuple[type[Config], Callable[..., int]]] = {
     "predict": (Predict, predict), "train": (TrainConfig, train), "eval": (Eval, judge),
     "check-data": (CheckData, check), "bench": (Bench, bench),
 }
-WORDS = {"images": "*", "folder": "?"}  # fields that take words without a flag, of commands that have them
+WORDS = {"images": "*", "folder": "?"}  # fields of predict and eval that take words without a flag
 
 
 def command_parser(kind: type[Config]) -> ArgumentParser:
     """The options of one command."""
-    words = [] if kind is TrainConfig else [part for part in fields(kind) if part.name in WORDS]
+    words = [part for part in fields(kind) if kind in (Predict, Eval) and part.name in WORDS]
     parser = options_parser(kind, [part.name for part in words])
     told = {part.arg_name: part.description for part in docstring_parser.parse(kind.__doc__).params}
     for part in words:

@@ -19,7 +19,19 @@ from PIL import Image
 from pycocotools.coco import COCO
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
-from detr_nb.cli import COMMANDS, Predict, coco_rows, draw, find_pictures, main, predict, result_paths, write_rows
+from detr_nb.cli import (
+    COMMANDS,
+    Predict,
+    coco_rows,
+    command_parser,
+    draw,
+    find_pictures,
+    main,
+    predict,
+    result_paths,
+    write_rows,
+)
+from detr_nb.config import from_yaml
 from detr_nb.data import Preprocess, read_image
 from detr_nb.model import DETR, detr_tiny
 from detr_nb.pretrained import predict_image, pretrained_model
@@ -390,3 +402,11 @@ def test_an_installed_copy_works_in_an_empty_folder(album, tmp_path):
     assert done.returncode == 1, done.stderr
     assert done.stdout.startswith("3 of 4 pictures done") and done.stderr.count("\n") == 1
     assert len(written("found")) == 4
+
+
+def test_every_command_has_a_parser_whose_defaults_are_allowed():
+    """`bench` was refused with its own defaults: its number of images was taken for a list of pictures."""
+    for name in ("train", "bench"):
+        kind = COMMANDS[name][0]
+        found = from_yaml(command_parser(kind).parse_args([]).as_dict())
+        assert kind.read({key: value for key, value in found.items() if key != "config"}) == kind()
