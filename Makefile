@@ -88,6 +88,7 @@ check: env ## the quick part: lint, export, the fast tests
 lint: env ## ruff over the code and the notebooks
 	$(call say,lint: ruff on $(CODE))
 	@$(BIN)/ruff check $(CODE)
+	@$(BIN)/ruff format --check nbs
 
 check-export: env ## is detr_nb/ what the notebooks export?
 	$(call say,export: comparing detr_nb/ with a fresh export of the notebooks)

@@ -13,9 +13,12 @@ from torch.nn import functional as F
 
 # %% ../nbs/01_attention.ipynb #cell-041
 def attention_weights(
-    q: Float[Tensor, "b h q k"], k: Float[Tensor, "b h s k"], bias: Float[Tensor, "#b #h #q s"] | None = None
+    q: Float[Tensor, "b h q k"],
+    k: Float[Tensor, "b h s k"],
+    bias: Float[Tensor, "#b #h #q s"] | None = None,
 ) -> Float[Tensor, "b h q s"]:
-    """The share of every key in the answer to every query: softmax over the keys of the scaled dot products.
+    """The share of every key in the answer to every query: softmax over the keys of the
+    scaled dot products.
 
     Args:
         q: queries of each head.
@@ -38,7 +41,8 @@ def attend(
     bias: Float[Tensor, "#b #h #q s"] | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "b h q value"]:
-    """Average the values of all keys with the weights of each query: by torch's fused function where that is fastest.
+    """Average the values of all keys with the weights of each query: by torch's fused
+    function where that is fastest.
 
     Args:
         q: queries of each head.
@@ -50,13 +54,16 @@ def attend(
     Returns:
         One weighted average for each query and head.
     """
-    if q.is_cpu and q.dtype == torch.bfloat16:  # where the fused function is slower than its parts
+    # where the fused function is slower than its parts
+    if q.is_cpu and q.dtype == torch.bfloat16:
         return F.dropout(attention_weights(q, k, bias), dropout) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
 
 # %% ../nbs/01_attention.ipynb #cell-070
 def attention_bias(
-    pad: Bool[Tensor, "b s"] | None, bias: Float[Tensor, "#b #h #q s"] | None, like: Tensor
+    pad: Bool[Tensor, "b s"] | None,
+    bias: Float[Tensor, "#b #h #q s"] | None,
+    like: Tensor,
 ) -> Float[Tensor, "#b #h #q s"] | None:
     """Turn padding into a bias of minus infinity and add it to `bias`.
 
@@ -70,12 +77,16 @@ def attention_bias(
     """
     if pad is None:
         return bias
-    blocked = torch.zeros_like(pad, dtype=like.dtype).masked_fill(pad, float("-inf"))[:, None, None]  # b 1 1 s
+    # b 1 1 s
+    blocked = torch.zeros_like(pad, dtype=like.dtype).masked_fill(pad, float("-inf"))[
+        :, None, None
+    ]
     return blocked if bias is None else blocked + bias
 
 # %% ../nbs/01_attention.ipynb #cell-098
 class HeadMaps(nn.Module):
-    """The learned part of multi-head attention: four linear maps, and the cut of the model width into heads.
+    """The learned part of multi-head attention: four linear maps, and the cut of the
+    model width into heads.
 
     Args:
         d: model width of inputs and output, a multiple of `heads`.
@@ -88,13 +99,17 @@ class HeadMaps(nn.Module):
     def __init__(self, d: int, heads: int):
         super().__init__()
         if heads < 1 or d % heads:
-            raise ValueError(f"the model width must be a multiple of the heads, got d={d} and heads={heads}")
+            raise ValueError(
+                f"the model width must be a multiple of the heads, got d={d} and"
+                f" heads={heads}"
+            )
         self.heads = heads
         self.q, self.k, self.v, self.out = (nn.Linear(d, d) for _ in range(4))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform as if q, k and v were rows of one (3d, d) matrix, as in torch's module; zero biases."""
+        """Xavier-uniform as if q, k and v were rows of one (3d, d) matrix, as in
+        torch's module; zero biases."""
         for linear in (self.q, self.k, self.v):
             nn.init.xavier_uniform_(linear.weight, gain=0.5**0.5)
         nn.init.xavier_uniform_(self.out.weight)
@@ -134,8 +149,12 @@ class MultiHeadAttention(HeadMaps):
         return f"{super().extra_repr()}, dropout={self.dropout}"
 
     def forward(
-        self, query: Float[Tensor, "b q d"], key: Float[Tensor, "b s d"], value: Float[Tensor, "b s d"],
-        pad: Bool[Tensor, "b s"] | None = None, bias: Float[Tensor, "#b #h #q s"] | None = None,
+        self,
+        query: Float[Tensor, "b q d"],
+        key: Float[Tensor, "b s d"],
+        value: Float[Tensor, "b s d"],
+        pad: Bool[Tensor, "b s"] | None = None,
+        bias: Float[Tensor, "#b #h #q s"] | None = None,
     ) -> Float[Tensor, "b q d"]:
         """Attend from `query` to `key` and gather `value`.
 
@@ -149,21 +168,40 @@ class MultiHeadAttention(HeadMaps):
         Returns:
             The heads' answers, joined and mixed by the output map.
         """
-        q, k, v = self.split(self.q(query)), self.split(self.k(key)), self.split(self.v(value))
-        heads = attend(q, k, v, attention_bias(pad, bias, q), self.dropout if self.training else 0.0)
+        q, k, v = (
+            self.split(self.q(query)),
+            self.split(self.k(key)),
+            self.split(self.v(value)),
+        )
+        heads = attend(
+            q,
+            k,
+            v,
+            attention_bias(pad, bias, q),
+            self.dropout if self.training else 0.0,
+        )
         return self.out(self.join(heads))
 
     def weights(
-        self, query: Float[Tensor, "b q d"], key: Float[Tensor, "b s d"],
-        pad: Bool[Tensor, "b s"] | None = None, bias: Float[Tensor, "#b #h #q s"] | None = None,
+        self,
+        query: Float[Tensor, "b q d"],
+        key: Float[Tensor, "b s d"],
+        pad: Bool[Tensor, "b s"] | None = None,
+        bias: Float[Tensor, "#b #h #q s"] | None = None,
     ) -> Float[Tensor, "b h q s"]:
-        """The weights with which `forward` averages (before dropout), for looking at; arguments as there."""
+        """The weights with which `forward` averages (before dropout), for looking at;
+        arguments as there."""
         q, k = self.split(self.q(query)), self.split(self.k(key))
         return attention_weights(q, k, attention_bias(pad, bias, q))
 
     def look(
-        self, query: Float[Tensor, "b q d"], key: Float[Tensor, "b s d"], value: Float[Tensor, "b s d"],
-        pad: Bool[Tensor, "b s"] | None = None, bias: Float[Tensor, "#b #h #q s"] | None = None,
+        self,
+        query: Float[Tensor, "b q d"],
+        key: Float[Tensor, "b s d"],
+        value: Float[Tensor, "b s d"],
+        pad: Bool[Tensor, "b s"] | None = None,
+        bias: Float[Tensor, "#b #h #q s"] | None = None,
     ) -> Float[Tensor, "b h q s"]:
-        """`weights`, asked with the arguments of `forward`; every attention of the book has such a method."""
+        """`weights`, asked with the arguments of `forward`; every attention of the book
+        has such a method."""
         return self.weights(query, key, pad, bias)

@@ -38,8 +38,13 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.norm2 = nn.BatchNorm2d(channels)
         same = stride == 1 and channels_in == channels
-        self.short = nn.Identity() if same else nn.Sequential(
-            nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+        self.short = (
+            nn.Identity()
+            if same
+            else nn.Sequential(
+                nn.Conv2d(channels_in, channels, 1, stride, bias=False),
+                nn.BatchNorm2d(channels),
+            )
         )
 
     def forward(self, x: Float[Tensor, "b c y x"]) -> Float[Tensor, "b c2 y2 x2"]:
@@ -49,12 +54,15 @@ class BasicBlock(nn.Module):
 
 # %% ../nbs/06_backbone.ipynb #a05df70e
 class TinyBackbone(nn.Module):
-    """A residual net for small pictures and small computers: stride 4 at once, then one block a stage.
+    """A residual net for small pictures and small computers: stride 4 at once, then one
+    block a stage.
 
     Args:
         widths: channels of the stages.
-        strides: pixels from one cell to the next after each stage; the first is 4, the stem's.
-        coordinates: append two channels with each pixel's place (see `append_coordinates`).
+        strides: pixels from one cell to the next after each stage; the first is 4, the
+            stem's.
+        coordinates: append two channels with each pixel's place (see
+            `append_coordinates`).
 
     Attributes:
         widths: channels of each feature map.
@@ -62,34 +70,60 @@ class TinyBackbone(nn.Module):
         channels: channels of the last feature map.
 
     Raises:
-        ValueError: if there is not one stride for every stage, the first is not 4, or one is no multiple of the last.
+        ValueError: if there is not one stride for every stage, the first is not 4, or
+            one is no multiple of the last.
     """
 
     def __init__(
-        self, widths: tuple[int, ...] = (32, 64, 128), strides: tuple[int, ...] = (4, 8, 16), coordinates: bool = False
+        self,
+        widths: tuple[int, ...] = (32, 64, 128),
+        strides: tuple[int, ...] = (4, 8, 16),
+        coordinates: bool = False,
     ):
         super().__init__()
-        if not widths or len(strides) != len(widths) or strides[0] != 4 or any(b % a for a, b in pairwise(strides)):
-            raise ValueError(f"strides must be {len(widths)} numbers, the first 4, each a multiple of the one before; "
-                             f"got {strides}")
-        self.coordinates, self.widths, self.strides, self.channels = coordinates, widths, strides, widths[-1]
+        if (
+            not widths
+            or len(strides) != len(widths)
+            or strides[0] != 4
+            or any(b % a for a, b in pairwise(strides))
+        ):
+            raise ValueError(
+                f"strides must be {len(widths)} numbers, the first 4, each a multiple"
+                f" of the one before; got {strides}"
+            )
+        self.coordinates, self.widths, self.strides, self.channels = (
+            coordinates,
+            widths,
+            strides,
+            widths[-1],
+        )
         self.stem = nn.Sequential(
-            nn.Conv2d(3 + 2 * coordinates, widths[0], 8, 4, 2, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
+            nn.Conv2d(3 + 2 * coordinates, widths[0], 8, 4, 2, bias=False),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(),
         )
         steps = (1, *(b // a for a, b in pairwise(strides)))
-        self.stages = nn.ModuleList(map(BasicBlock, (widths[0], *widths[:-1]), widths, steps))
+        self.stages = nn.ModuleList(
+            map(BasicBlock, (widths[0], *widths[:-1]), widths, steps)
+        )
 
     def extra_repr(self) -> str:
         """What a printed model shows of it."""
         return f"strides={self.strides}, coordinates={self.coordinates}"
 
     def blocks(self) -> list[nn.Module]:
-        """Parts that may be computed twice in a step; none here, whose batch norms would count every image twice."""
+        """Parts that may be computed twice in a step; none here, whose batch norms
+        would count every image twice."""
         return []
 
-    def forward(self, images: Float[Tensor, "b 3 y x"]) -> list[Float[Tensor, "b _ _ _"]]:
+    def forward(
+        self, images: Float[Tensor, "b 3 y x"]
+    ) -> list[Float[Tensor, "b _ _ _"]]:
         """Return the features of every stage, finest first."""
-        x, features = self.stem(append_coordinates(images) if self.coordinates else images), []
+        x, features = (
+            self.stem(append_coordinates(images) if self.coordinates else images),
+            [],
+        )
         for stage in self.stages:
             x = stage(x)
             features.append(x)
@@ -97,7 +131,8 @@ class TinyBackbone(nn.Module):
 
 # %% ../nbs/06_backbone.ipynb #6a1ad04f
 def append_coordinates(images: Float[Tensor, "b 3 y x"]) -> Float[Tensor, "b 5 y x"]:
-    """Append two channels that hold the row and the column of each pixel, from -1 to 1 over the batch's frame.
+    """Append two channels that hold the row and the column of each pixel, from -1 to 1
+    over the batch's frame.
 
     Args:
         images: a batch; padding is not known here, so the frame is the padded one.
@@ -106,13 +141,18 @@ def append_coordinates(images: Float[Tensor, "b 3 y x"]) -> Float[Tensor, "b 5 y
         The images with the row in channel 3 and the column in channel 4.
     """
     b, _, y, x = images.shape
-    rows = torch.linspace(-1, 1, y, device=images.device, dtype=images.dtype)[:, None].expand(b, 1, y, x)
-    columns = torch.linspace(-1, 1, x, device=images.device, dtype=images.dtype).expand(b, 1, y, x)
+    rows = torch.linspace(-1, 1, y, device=images.device, dtype=images.dtype)[
+        :, None
+    ].expand(b, 1, y, x)
+    columns = torch.linspace(-1, 1, x, device=images.device, dtype=images.dtype).expand(
+        b, 1, y, x
+    )
     return torch.cat((images, rows, columns), 1)
 
 # %% ../nbs/06_backbone.ipynb #b178b818
 def imagenet_weights(name: str) -> dict[str, Tensor]:
-    """Load the ImageNet weights that DETR starts from (torchvision's first version), without the classifier.
+    """Load the ImageNet weights that DETR starts from (torchvision's first version),
+    without the classifier.
 
     Args:
         name: torchvision's name of the network, such as resnet50.
@@ -121,7 +161,8 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
         A state dict.
 
     Raises:
-        RuntimeError: if the weights are neither in torchvision's cache nor to be had from the network.
+        RuntimeError: if the weights are neither in torchvision's cache nor to be had
+            from the network.
     """
     weights = get_model_weights(name)["IMAGENET1K_V1"]
     try:
@@ -129,14 +170,19 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
     except OSError as error:
         cache = Path(torch.hub.get_dir()) / "checkpoints"
         raise RuntimeError(
-            f"no ImageNet weights for {name}: not in {cache}, and the network gave none ({error}). Save {weights.url} "
-            "in that folder, or build with pretrained=False (pretrained_backbone=False) and load weights of your own"
+            f"no ImageNet weights for {name}: not in {cache}, and the network gave none"
+            f" ({error}). Save {weights.url} in that folder, or build with"
+            " pretrained=False (pretrained_backbone=False) and load weights of"
+            " your own"
         ) from error
     return {key: value for key, value in state.items() if not key.startswith("fc.")}
 
 # %% ../nbs/06_backbone.ipynb #f01ded02
-def folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Float[Tensor, "b c y x"]) -> Float[Tensor, "b c2 y2 x2"]:
-    """A convolution and the frozen norm behind it: as one convolution, unless a gradient asks for its weight.
+def folded(
+    conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Float[Tensor, "b c y x"]
+) -> Float[Tensor, "b c2 y2 x2"]:
+    """A convolution and the frozen norm behind it: as one convolution, unless a
+    gradient asks for its weight.
 
     Args:
         conv: has no bias.
@@ -145,14 +191,18 @@ def folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Float[Tensor, "b c y x"]
     """
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     shift = norm.bias - norm.running_mean * scale
-    if conv.weight.requires_grad and torch.is_grad_enabled():  # which would have to keep both weights
+    # which would have to keep both weights
+    if conv.weight.requires_grad and torch.is_grad_enabled():
         return conv(x).mul_(scale[:, None, None]).add_(shift[:, None, None])
     weight = conv.weight * scale[:, None, None, None]
-    return conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return conv2d(
+        x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups
+    )
 
 # %% ../nbs/06_backbone.ipynb #f01ded05
 class Folded(nn.Module):
-    """What the blocks below share: a residual block whose frozen norms are folded into its convolutions."""
+    """What the blocks below share: a residual block whose frozen norms are folded into
+    its convolutions."""
 
     def forward(self, x: Float[Tensor, "b c y x"]) -> Float[Tensor, "b c2 y2 x2"]:
         """Return the sum of the convolved and the short path, rectified."""
@@ -176,7 +226,8 @@ FOLDED = {resnet.BasicBlock: FoldedBasicBlock, resnet.Bottleneck: FoldedBottlene
 
 # %% ../nbs/06_backbone.ipynb #9b2bcb39
 def resnet_body(name: str, dilation: bool = False) -> nn.Module:
-    """Build a torchvision ResNet with frozen batch norm and without its classifier, with random weights.
+    """Build a torchvision ResNet with frozen batch norm and without its classifier,
+    with random weights.
 
     Args:
         name: torchvision's name, such as resnet50.
@@ -187,27 +238,34 @@ def resnet_body(name: str, dilation: bool = False) -> nn.Module:
     """
     options = {"replace_stride_with_dilation": [False, False, True]} if dilation else {}
     if not name.startswith(("resnet", "resnext", "wide_resnet")):
-        raise ValueError(f"this backbone takes torchvision's ResNets, such as resnet50; got {name!r}")
+        raise ValueError(
+            f"this backbone takes torchvision's ResNets, such as resnet50; got {name!r}"
+        )
     try:
         net = get_model(name, weights=None, norm_layer=FrozenBatchNorm2d, **options)
     except NotImplementedError as error:
         raise ValueError(
-            f"{name} is built of basic blocks, which cannot dilate: for DC5 take resnet50 or resnet101"
+            f"{name} is built of basic blocks, which cannot dilate: for DC5 take"
+            " resnet50 or resnet101"
         ) from error
     for block in [module for module in net.modules() if type(module) in FOLDED]:
-        block.__class__ = FOLDED[type(block)]  # the same parts under the same names, another forward
+        # the same parts under the same names, another forward
+        block.__class__ = FOLDED[type(block)]
     del net.fc, net.avgpool
     return net
 
 # %% ../nbs/06_backbone.ipynb #7c0448a3
 class ResNet(nn.Module):
-    """A torchvision ResNet up to its last stage, with frozen batch norm, as DETR uses it.
+    """A torchvision ResNet up to its last stage, with frozen batch norm, as DETR uses
+    it.
 
     Args:
         name: torchvision's name, such as resnet50.
-        dilation: let the last stage dilate instead of striding (DC5); not for resnet18 and resnet34.
+        dilation: let the last stage dilate instead of striding (DC5); not for resnet18
+            and resnet34.
         pretrained: load ImageNet weights (from torchvision's cache or the network).
-        trainable: prefixes of the parts that learn; the stem and the first stage stay as they are.
+        trainable: prefixes of the parts that learn; the stem and the first stage stay
+            as they are.
 
     Attributes:
         name: as given.
@@ -216,7 +274,8 @@ class ResNet(nn.Module):
         strides: pixels from one cell to the next in each feature map.
         channels: channels of the last feature map.
 
-    Source: DETR, section 4 (technical details); what stays frozen from the authors' code.
+    Source: DETR, section 4 (technical details); what stays frozen from the authors'
+    code.
     """
 
     def __init__(
@@ -227,7 +286,11 @@ class ResNet(nn.Module):
         trainable: tuple[str, ...] = ("layer2", "layer3", "layer4"),
     ):
         super().__init__()
-        self.name, self.dilation, self.body = name, dilation, resnet_body(name, dilation)
+        self.name, self.dilation, self.body = (
+            name,
+            dilation,
+            resnet_body(name, dilation),
+        )
         if pretrained:
             self.body.load_state_dict(imagenet_weights(name))
         self.channels = self.body.inplanes
@@ -241,11 +304,15 @@ class ResNet(nn.Module):
         return f"{self.name}, dilation={self.dilation}"
 
     def blocks(self) -> list[nn.Module]:
-        """The four stages; they may be computed twice in a step, because frozen norms count nothing."""
+        """The four stages; they may be computed twice in a step, because frozen norms
+        count nothing."""
         return [self.body.layer1, self.body.layer2, self.body.layer3, self.body.layer4]
 
-    def forward(self, images: Float[Tensor, "b 3 y x"]) -> list[Float[Tensor, "b _ _ _"]]:
-        """Return the features at strides 4, 8, 16 and 32 (16 again with dilation), finest first."""
+    def forward(
+        self, images: Float[Tensor, "b 3 y x"]
+    ) -> list[Float[Tensor, "b _ _ _"]]:
+        """Return the features at strides 4, 8, 16 and 32 (16 again with dilation),
+        finest first."""
         net, features = self.body, []
         x = net.maxpool(folded(net.conv1, net.bn1, images).relu_())
         for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
@@ -255,15 +322,19 @@ class ResNet(nn.Module):
 
 # %% ../nbs/06_backbone.ipynb #6d0733c8
 def parameter_groups(model: nn.Module, lr: Number, lr_backbone: Number) -> list[dict]:
-    """Sort the parameters that learn into two groups with a learning rate each, for a torch optimiser.
+    """Sort the parameters that learn into two groups with a learning rate each, for a
+    torch optimiser.
 
     Args:
-        model: a detector; what lies under an attribute called `backbone` is its backbone.
+        model: a detector; what lies under an attribute called `backbone` is its
+            backbone.
         lr: learning rate of everything else.
-        lr_backbone: learning rate of the backbone; 0 freezes the backbone's parameters for good.
+        lr_backbone: learning rate of the backbone; 0 freezes the backbone's parameters
+            for good.
 
     Returns:
-        At most two groups, `name` "rest" and "backbone". Frozen parameters are in neither; empty groups are left out.
+        At most two groups, `name` "rest" and "backbone". Frozen parameters are in
+        neither; empty groups are left out.
     """
     groups = {"rest": [], "backbone": []}
     for name, parameter in model.named_parameters():
@@ -273,4 +344,8 @@ def parameter_groups(model: nn.Module, lr: Number, lr_backbone: Number) -> list[
         if parameter.requires_grad:
             groups["backbone" if inside else "rest"].append(parameter)
     rates = {"rest": lr, "backbone": lr_backbone}
-    return [{"name": name, "params": found, "lr": rates[name]} for name, found in groups.items() if found]
+    return [
+        {"name": name, "params": found, "lr": rates[name]}
+        for name, found in groups.items()
+        if found
+    ]

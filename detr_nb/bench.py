@@ -53,7 +53,8 @@ from .training import ShapesData, bf16_pays, default_device, recompute
 
 # %% ../nbs/17_bench.ipynb #17b0000d
 def wait() -> None:
-    """Wait until the accelerator has done its work; nothing to wait for where there is none."""
+    """Wait until the accelerator has done its work; nothing to wait for where there is
+    none."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
 
@@ -67,7 +68,9 @@ def seconds_of(way: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def interleaved(ways: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+def interleaved(
+    ways: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1
+) -> dict[str, list[float]]:
     """Seconds of every way in every round; a round calls all of them once, in turn.
 
     Args:
@@ -79,8 +82,14 @@ def interleaved(ways: Mapping[str, Callable[[], object]], rounds: int, warmup: i
         ValueError: if no round counts.
     """
     if rounds < 1:
-        raise ValueError(f"there is no median of nothing: give at least one round, got rounds={rounds}")
-    times = [{name: seconds_of(way) for name, way in ways.items()} for _ in range(warmup + rounds)]
+        raise ValueError(
+            "there is no median of nothing: give at least one round, got"
+            f" rounds={rounds}"
+        )
+    times = [
+        {name: seconds_of(way) for name, way in ways.items()}
+        for _ in range(warmup + rounds)
+    ]
     return {name: [row[name] for row in times[warmup:]] for name in ways}
 
 # %% ../nbs/17_bench.ipynb #17b00010
@@ -107,7 +116,12 @@ class Row:
     samples: tuple[float, ...]
 
 
-def rows_of(comparison: str, samples: Mapping[str, Sequence[float]], unit: str = "s", against: str = "") -> list[Row]:
+def rows_of(
+    comparison: str,
+    samples: Mapping[str, Sequence[float]],
+    unit: str = "s",
+    against: str = "",
+) -> list[Row]:
     """Medians and ratios of some measurements.
 
     Args:
@@ -118,8 +132,18 @@ def rows_of(comparison: str, samples: Mapping[str, Sequence[float]], unit: str =
     """
     against = against or next(iter(samples))
     base = median(samples[against])
-    return [Row(comparison, name, median(values), unit, median(values) / base, against, tuple(values))
-            for name, values in samples.items()]
+    return [
+        Row(
+            comparison,
+            name,
+            median(values),
+            unit,
+            median(values) / base,
+            against,
+            tuple(values),
+        )
+        for name, values in samples.items()
+    ]
 
 # %% ../nbs/17_bench.ipynb #17b00011
 UNITS = {"s": (1000, "ms"), "MB": (1, "MB"), "share": (100, "%")}
@@ -134,12 +158,16 @@ def table(rows: Iterable[Row]) -> str:
             lines.append(f"\n{comparison}")
         factor, unit = UNITS[row.unit]
         low, high = factor * min(row.samples), factor * max(row.samples)
-        lines.append(f"  {row.ratio:7.3f}  {factor * row.value:10.1f} {unit:2}  {row.name}  ({low:.1f} to {high:.1f})")
+        lines.append(
+            f"  {row.ratio:7.3f}  {factor * row.value:10.1f} {unit:2}  {row.name} "
+            f" ({low:.1f} to {high:.1f})"
+        )
     return "\n".join(lines)
 
 # %% ../nbs/17_bench.ipynb #17b00014
 def match_layer_by_layer(out: Output, targets: Sequence[Target]) -> Matches:
-    """The same matching as `HungarianMatcher()`, one layer at a time, with one cost matrix for the whole batch.
+    """The same matching as `HungarianMatcher()`, one layer at a time, with one cost
+    matrix for the whole batch.
 
     Args:
         out: predictions of all decoder layers.
@@ -158,16 +186,28 @@ def match_layer_by_layer(out: Output, targets: Sequence[Target]) -> Matches:
 
 # %% ../nbs/17_bench.ipynb #17b00016
 def matching_problem(
-    images: int = 16, layers: int = 6, queries: int = 100, objects: int = 20, classes: int = 91
+    images: int = 16,
+    layers: int = 6,
+    queries: int = 100,
+    objects: int = 20,
+    classes: int = 91,
 ) -> tuple[Output, list[Target]]:
     """Random predictions and targets, the same at every call."""
     dice = torch.Generator().manual_seed(0)
     logits = torch.randn(layers, images, queries, classes + 1, generator=dice)
     boxes = torch.rand(layers, images, queries, 4, generator=dice) * 0.4 + 0.2
-    targets = [Target(labels=torch.randint(classes, (objects,), generator=dice),
-                      boxes=torch.rand(objects, 4, generator=dice) * 0.4 + 0.2) for _ in range(images)]
+    targets = [
+        Target(
+            labels=torch.randint(classes, (objects,), generator=dice),
+            boxes=torch.rand(objects, 4, generator=dice) * 0.4 + 0.2,
+        )
+        for _ in range(images)
+    ]
     device = default_device()
-    moved = [Target(labels=t["labels"].to(device), boxes=t["boxes"].to(device)) for t in targets]
+    moved = [
+        Target(labels=t["labels"].to(device), boxes=t["boxes"].to(device))
+        for t in targets
+    ]
     return Output(logits.to(device), boxes.to(device)), moved
 
 
@@ -180,7 +220,10 @@ def compare_matching(rounds: int, **sizes: int) -> list[Row]:
     """
     out, targets = matching_problem(**sizes)
     matcher = HungarianMatcher()
-    ways = {"layer by layer": lambda: match_layer_by_layer(out, targets), "all at once": lambda: matcher(out, targets)}
+    ways = {
+        "layer by layer": lambda: match_layer_by_layer(out, targets),
+        "all at once": lambda: matcher(out, targets),
+    }
     b, q, t = out.boxes.shape[1], out.boxes.shape[2], len(targets[0]["labels"])
     what = f"matching: {b} images, {len(out.boxes)} layers, {q} queries, {t} targets"
     return rows_of(what, interleaved(ways, rounds))
@@ -194,10 +237,14 @@ def exponent(sizes: Sequence[Number], costs: Sequence[Number]) -> float:
         costs: one a size, above 0.
 
     Raises:
-        ValueError: if there are fewer than two sizes, or one size or cost is not above 0.
+        ValueError: if there are fewer than two sizes, or one size or cost is not above
+            0.
     """
     if len(set(sizes)) < 2 or len(sizes) != len(costs) or min(*sizes, *costs) <= 0:
-        raise ValueError(f"a slope needs two different sizes and their costs, all above 0; got {sizes} and {costs}")
+        raise ValueError(
+            "a slope needs two different sizes and their costs, all above 0; got"
+            f" {sizes} and {costs}"
+        )
     return float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
 
 # %% ../nbs/17_bench.ipynb #17b0001e
@@ -222,14 +269,20 @@ class Growth:
     last_exponent: float
 
 
-def growth(name: str, sizes: Sequence[Number], costs: Sequence[Number], unit: str = "s") -> Growth:
+def growth(
+    name: str, sizes: Sequence[Number], costs: Sequence[Number], unit: str = "s"
+) -> Growth:
     """Fit the exponents of measured costs."""
     points = tuple(map(float, sizes)), tuple(map(float, costs))
-    return Growth(name, *points, unit, exponent(*points), exponent(points[0][-2:], points[1][-2:]))
+    return Growth(
+        name, *points, unit, exponent(*points), exponent(points[0][-2:], points[1][-2:])
+    )
 
 
 @torch.inference_mode()
-def attention_growth(rounds: int, sides: Sequence[int] = (128, 256, 512, 1024), stride: int = 16) -> Growth:
+def attention_growth(
+    rounds: int, sides: Sequence[int] = (128, 256, 512, 1024), stride: int = 16
+) -> Growth:
     """Time of one self-attention over the cells of a square image.
 
     Args:
@@ -238,9 +291,18 @@ def attention_growth(rounds: int, sides: Sequence[int] = (128, 256, 512, 1024), 
         stride: pixels from one cell to the next; 16 as in DC5.
     """
     attention = MultiHeadAttention(256, 8).eval().to(default_device())
-    tokens = {side: torch.randn(1, (side // stride) ** 2, 256, device=default_device()) for side in sides}
-    times = interleaved({str(side): partial(attention, x, x, x) for side, x in tokens.items()}, rounds)
-    return growth("attention with the image's side", sides, [median(times[str(side)]) for side in sides])
+    tokens = {
+        side: torch.randn(1, (side // stride) ** 2, 256, device=default_device())
+        for side in sides
+    }
+    times = interleaved(
+        {str(side): partial(attention, x, x, x) for side, x in tokens.items()}, rounds
+    )
+    return growth(
+        "attention with the image's side",
+        sides,
+        [median(times[str(side)]) for side in sides],
+    )
 
 # %% ../nbs/17_bench.ipynb #17b00022
 @dataclass(frozen=True)
@@ -268,17 +330,26 @@ def ours(backbone: str) -> Peer:
         backbone: resnet18 or resnet50.
     """
     build = {"resnet18": detr_resnet18, "resnet50": detr_resnet50}[backbone]
-    model = build(CLASSES, pretrained_backbone=False).to(default_device(), memory_format=torch.channels_last)
+    model = build(CLASSES, pretrained_backbone=False).to(
+        default_device(), memory_format=torch.channels_last
+    )
     criterion = SetCriterion(CLASSES)
 
     def predict(batch: Batch) -> Output:
-        return model(batch.images.contiguous(memory_format=torch.channels_last), batch.pad)
+        return model(
+            batch.images.contiguous(memory_format=torch.channels_last), batch.pad
+        )
 
-    return Peer(model, lambda batch: criterion.total(criterion(predict(batch), batch.targets)), predict)
+    return Peer(
+        model,
+        lambda batch: criterion.total(criterion(predict(batch), batch.targets)),
+        predict,
+    )
 
 # %% ../nbs/17_bench.ipynb #17b00024
 def random_batch(count: int, size: tuple[int, int], objects: int = 10) -> Batch:
-    """Noise with random boxes, the same at every call: time does not depend on what is seen.
+    """Noise with random boxes, the same at every call: time does not depend on what is
+    seen.
 
     Args:
         count: images.
@@ -287,12 +358,21 @@ def random_batch(count: int, size: tuple[int, int], objects: int = 10) -> Batch:
     """
     dice = torch.Generator().manual_seed(0)
     images = torch.randn(count, 3, *size, generator=dice)
-    targets = [Target(labels=torch.randint(1, CLASSES, (objects,), generator=dice),
-                      boxes=torch.rand(objects, 4, generator=dice) * 0.4 + 0.2) for _ in range(count)]
-    return Batch(images, torch.zeros(count, *size, dtype=torch.bool), targets).to(default_device())
+    targets = [
+        Target(
+            labels=torch.randint(1, CLASSES, (objects,), generator=dice),
+            boxes=torch.rand(objects, 4, generator=dice) * 0.4 + 0.2,
+        )
+        for _ in range(count)
+    ]
+    return Batch(images, torch.zeros(count, *size, dtype=torch.bool), targets).to(
+        default_device()
+    )
 
 
-def training_step(peer: Peer, batch: Batch, bf16: bool = False, clip: Number = 0.1) -> Callable[[], None]:
+def training_step(
+    peer: Peer, batch: Batch, bf16: bool = False, clip: Number = 0.1
+) -> Callable[[], None]:
     """One optimiser step of a peer as an action without arguments.
 
     Args:
@@ -317,18 +397,31 @@ def training_step(peer: Peer, batch: Batch, bf16: bool = False, clip: Number = 0
 
 
 def inference(peer: Peer, batch: Batch, bf16: bool = False) -> Callable[[], None]:
-    """One prediction of a peer as an action without arguments; arguments as in `training_step`."""
+    """One prediction of a peer as an action without arguments; arguments as in
+    `training_step`."""
+
     def look() -> None:
         peer.model.eval()
-        with torch.inference_mode(), torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
+        with (
+            torch.inference_mode(),
+            torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16),
+        ):
             peer.predict(batch)
 
     return look
 
 # %% ../nbs/17_bench.ipynb #17b00027
 DEPTHS = {
-    "resnet18": {"layer_type": "basic", "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2]},
-    "resnet50": {"layer_type": "bottleneck", "hidden_sizes": [256, 512, 1024, 2048], "depths": [3, 4, 6, 3]},
+    "resnet18": {
+        "layer_type": "basic",
+        "hidden_sizes": [64, 128, 256, 512],
+        "depths": [2, 2, 2, 2],
+    },
+    "resnet50": {
+        "layer_type": "bottleneck",
+        "hidden_sizes": [256, 512, 1024, 2048],
+        "depths": [3, 4, 6, 3],
+    },
 }
 
 
@@ -341,7 +434,8 @@ def hugging_face(backbone: str, dropout: Number = 0.1) -> Peer:
 
     Args:
         backbone: resnet18 or resnet50.
-        dropout: of attention and inside the feed-forward net; 0.1 in the authors' program, 0 in their configuration.
+        dropout: of attention and inside the feed-forward net; 0.1 in the authors'
+            program, 0 in their configuration.
 
     Raises:
         MissingPeerError: if transformers is not installed.
@@ -349,10 +443,17 @@ def hugging_face(backbone: str, dropout: Number = 0.1) -> Peer:
     try:
         from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
     except ImportError as error:
-        raise MissingPeerError("the package transformers is missing: pip install transformers") from error
+        raise MissingPeerError(
+            "the package transformers is missing: pip install transformers"
+        ) from error
     net = ResNetConfig(embedding_size=64, out_features=["stage4"], **DEPTHS[backbone])
-    config = DetrConfig(backbone_config=net, num_labels=CLASSES, auxiliary_loss=True, attention_dropout=dropout,
-                        activation_dropout=dropout)
+    config = DetrConfig(
+        backbone_config=net,
+        num_labels=CLASSES,
+        auxiliary_loss=True,
+        attention_dropout=dropout,
+        activation_dropout=dropout,
+    )
     model = DetrForObjectDetection(config).to(default_device())
     for name, parameter in model.model.backbone.named_parameters():
         parameter.requires_grad_("embedder" not in name and "stages.0." not in name)
@@ -361,33 +462,51 @@ def hugging_face(backbone: str, dropout: Number = 0.1) -> Peer:
         return model(batch.images, (~batch.pad).long(), **labels)
 
     def loss(batch: Batch) -> Tensor:
-        labels = [{"class_labels": target["labels"], "boxes": target["boxes"]} for target in batch.targets]
+        labels = [
+            {"class_labels": target["labels"], "boxes": target["boxes"]}
+            for target in batch.targets
+        ]
         return predict(batch, labels=labels).loss
 
     return Peer(model, loss, predict)
 
 # %% ../nbs/17_bench.ipynb #17b0002a
 def faster_rcnn(backbone: str) -> Peer:
-    """Torchvision's Faster R-CNN with a feature pyramid; stem and first stage frozen, as in DETR.
+    """Torchvision's Faster R-CNN with a feature pyramid; stem and first stage frozen,
+    as in DETR.
 
     Args:
         backbone: resnet18 or resnet50.
     """
-    pyramid = resnet_fpn_backbone(backbone_name=backbone, weights=None, trainable_layers=3)
+    pyramid = resnet_fpn_backbone(
+        backbone_name=backbone, weights=None, trainable_layers=3
+    )
     for name, buffer in pyramid.named_buffers():
         if name.endswith("bn2.weight"):
-            buffer.fill_(0.2)  # random features behind frozen norms grow from block to block; this holds them
-    model = FasterRCNN(pyramid, CLASSES, image_mean=[0.0] * 3, image_std=[1.0] * 3).to(default_device())
+            # random features behind frozen norms grow from block to block; this holds
+            # them
+            buffer.fill_(0.2)
+    model = FasterRCNN(pyramid, CLASSES, image_mean=[0.0] * 3, image_std=[1.0] * 3).to(
+        default_device()
+    )
 
     def images_of(batch: Batch) -> list[Tensor]:
         height, width = batch.images.shape[-2:]
-        model.transform.min_size, model.transform.max_size = (min(height, width),), max(height, width)
+        model.transform.min_size, model.transform.max_size = (
+            (min(height, width),),
+            max(height, width),
+        )
         return list(batch.images)
 
     def loss(batch: Batch) -> Tensor:
         size = batch.images.shape[-2:]
-        targets = [{"labels": target["labels"], "boxes": scale_boxes(cxcywh_to_xyxy(target["boxes"]), *size)}
-                   for target in batch.targets]
+        targets = [
+            {
+                "labels": target["labels"],
+                "boxes": scale_boxes(cxcywh_to_xyxy(target["boxes"]), *size),
+            }
+            for target in batch.targets
+        ]
         return sum(model(images_of(batch), targets).values())
 
     return Peer(model, loss, lambda batch: model(images_of(batch)))
@@ -395,7 +514,9 @@ def faster_rcnn(backbone: str) -> Peer:
 # %% ../nbs/17_bench.ipynb #17b0002d
 HF = "Hugging Face"
 BUILDERS: Mapping[str, Callable[[str], Peer]] = {
-    HF: hugging_face, "ours": ours, f"{HF}, two dropouts off": partial(hugging_face, dropout=0.0),
+    HF: hugging_face,
+    "ours": ours,
+    f"{HF}, two dropouts off": partial(hugging_face, dropout=0.0),
     "Faster R-CNN": faster_rcnn,
 }
 
@@ -412,7 +533,11 @@ def built(backbone: str, names: Iterable[str]) -> dict[str, Peer]:
 
 
 def compare_peers(
-    action: Callable[..., Callable[[], None]], backbone: str, batch: Batch, rounds: int, bf16: bool = False,
+    action: Callable[..., Callable[[], None]],
+    backbone: str,
+    batch: Batch,
+    rounds: int,
+    bf16: bool = False,
     names: Sequence[str] = tuple(BUILDERS),
 ) -> list[Row]:
     """Time one action of every peer.
@@ -428,22 +553,31 @@ def compare_peers(
     torch.manual_seed(0)
     peers = built(backbone, names)
     ways = {name: action(peer, batch) for name, peer in peers.items()}
-    ways |= {f"{name}, bf16": action(peers[name], batch, bf16=True) for name in (HF, "ours") if bf16 and name in peers}
+    ways |= {
+        f"{name}, bf16": action(peers[name], batch, bf16=True)
+        for name in (HF, "ours")
+        if bf16 and name in peers
+    }
     count, _, height, width = batch.images.shape
-    what = f"{action.__name__.replace('_', ' ')}: {backbone}, {count} x {height} x {width}"
+    what = (
+        f"{action.__name__.replace('_', ' ')}: {backbone}, {count} x {height} x {width}"
+    )
     return rows_of(what, interleaved(ways, rounds))
 
 # %% ../nbs/17_bench.ipynb #17b00030
 def resident_mb(peak: bool = True) -> float:
     """Resident memory of this process in megabytes: its peak, or what it is now.
 
-    Where the system does not tell, the peak that `peak_memory_mb` knows stands for both.
+    Where the system does not tell, the peak that `peak_memory_mb` knows stands for
+    both.
     """
     status = Path("/proc/self/status")
     if not status.exists():
         return peak_memory_mb()
     word = "VmHWM:" if peak else "VmRSS:"
-    line = next(line for line in status.read_text().splitlines() if line.startswith(word))
+    line = next(
+        line for line in status.read_text().splitlines() if line.startswith(word)
+    )
     return int(line.split()[1]) * 1024 / 1e6
 
 
@@ -473,8 +607,11 @@ class MemoryCase:
         return self.name + ", bf16" * self.bf16 + ", recomputed" * self.recomputed
 
 
-def training_memory_mb(case: MemoryCase, backbone: str, count: int, size: tuple[int, int], steps: int = 2) -> float:
-    """Peak of a training run beyond the libraries: parameters, gradients, moments, and what the backward pass needs.
+def training_memory_mb(
+    case: MemoryCase, backbone: str, count: int, size: tuple[int, int], steps: int = 2
+) -> float:
+    """Peak of a training run beyond the libraries: parameters, gradients, moments, and
+    what the backward pass needs.
 
     Args:
         case: whose memory.
@@ -484,13 +621,18 @@ def training_memory_mb(case: MemoryCase, backbone: str, count: int, size: tuple[
         steps: optimiser steps; the moments exist from the first on.
 
     Returns:
-        Megabytes, of the accelerator where there is one, else of this process, which should be a fresh one.
+        Megabytes, of the accelerator where there is one, else of this process, which
+        should be a fresh one.
     """
     peer = BUILDERS[case.name](backbone)
-    parameters = sum(p.numel() * p.element_size() for p in peer.model.parameters()) / 1e6
+    parameters = (
+        sum(p.numel() * p.element_size() for p in peer.model.parameters()) / 1e6
+    )
     batch, device = random_batch(count, size), default_device()
     before = resident_mb(peak=False)
-    books = torch.get_device_module(device) if torch.accelerator.is_available() else None
+    books = (
+        torch.get_device_module(device) if torch.accelerator.is_available() else None
+    )
     if books is not None:
         books.reset_peak_memory_stats()
     step = training_step(peer, batch, case.bf16)
@@ -498,24 +640,38 @@ def training_memory_mb(case: MemoryCase, backbone: str, count: int, size: tuple[
         for _ in range(steps):
             step()
     wait()
-    return books.max_memory_allocated() / 1e6 if books is not None else parameters + resident_mb() - before
+    return (
+        books.max_memory_allocated() / 1e6
+        if books is not None
+        else parameters + resident_mb() - before
+    )
 
 
 def compare_memory(
     cases: Sequence[MemoryCase], backbone: str, count: int, size: tuple[int, int]
 ) -> list[Row]:
-    """Peak memory of several cases, each in a fresh process; arguments as in `training_memory_mb`."""
+    """Peak memory of several cases, each in a fresh process; arguments as in
+    `training_memory_mb`."""
     samples = {}
     for case in cases:
         try:
-            samples[case.title] = [in_fresh_process(training_memory_mb, case, backbone, count, size)]
+            samples[case.title] = [
+                in_fresh_process(training_memory_mb, case, backbone, count, size)
+            ]
         except MissingPeerError as error:
             print(f"{case.title}: {error}")
-    return rows_of(f"memory of training: {backbone}, {count} x {size[0]} x {size[1]}", samples, "MB")
+    return rows_of(
+        f"memory of training: {backbone}, {count} x {size[0]} x {size[1]}",
+        samples,
+        "MB",
+    )
 
 # %% ../nbs/17_bench.ipynb #17b00039
-def waiting_share(batches: Iterable[Batch], step: Callable[[Batch], object], count: int) -> float:
-    """Share of the time that goes into getting batches; the first one, which starts everything, is not counted.
+def waiting_share(
+    batches: Iterable[Batch], step: Callable[[Batch], object], count: int
+) -> float:
+    """Share of the time that goes into getting batches; the first one, which starts
+    everything, is not counted.
 
     Args:
         batches: at least `count` + 1 of them.
@@ -533,7 +689,7 @@ def waiting_share(batches: Iterable[Batch], step: Callable[[Batch], object], cou
 
 # %% ../nbs/17_bench.ipynb #17b0003c
 def step_on_any(peer: Peer) -> Callable[[Batch], None]:
-    """A training step that takes the batch as an argument; the optimiser is part of it."""
+    """A training step, optimiser included, that takes the batch as an argument."""
     peer.model.train()
     learning = [p for p in peer.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1e-5, fused=True)
@@ -548,13 +704,24 @@ def step_on_any(peer: Peer) -> Callable[[Batch], None]:
 
 def tiny_peer() -> Peer:
     """The small model of this book."""
-    model, criterion = detr_tiny().to(default_device(), memory_format=torch.channels_last), SetCriterion(6)
-    return Peer(model, lambda batch: criterion.total(criterion(model(batch.images, batch.pad), batch.targets)),
-                lambda batch: model(batch.images, batch.pad))
+    model, criterion = (
+        detr_tiny().to(default_device(), memory_format=torch.channels_last),
+        SetCriterion(6),
+    )
+    return Peer(
+        model,
+        lambda batch: criterion.total(
+            criterion(model(batch.images, batch.pad), batch.targets)
+        ),
+        lambda batch: model(batch.images, batch.pad),
+    )
 
 
-def compare_data(count: int, workers: int = 1, short_sides: Sequence[int] = (320, 352, 384)) -> list[Row]:
-    """Share of a training step that waits for data: generated scenes in memory, and a COCO folder.
+def compare_data(
+    count: int, workers: int = 1, short_sides: Sequence[int] = (320, 352, 384)
+) -> list[Row]:
+    """Share of a training step that waits for data: generated scenes in memory, and a
+    COCO folder.
 
     Args:
         count: steps that are counted.
@@ -562,34 +729,56 @@ def compare_data(count: int, workers: int = 1, short_sides: Sequence[int] = (320
         short_sides: sizes that the folder's augmentation draws from, pixels.
     """
     train = ShapesData(train_images=24 * 4, val_images=1).load()[0]
-    generated = waiting_share(cycle(train.loader(24, 0).epoch(0)), step_on_any(tiny_peer()), count)
+    generated = waiting_share(
+        cycle(train.loader(24, 0).epoch(0)), step_on_any(tiny_peer()), count
+    )
     with tempfile.TemporaryDirectory() as folder:
         annotations = write_coco(Scenes(SceneConfig(size=480), 16, seed=1), folder)
         dataset = CocoDataset(Path(folder) / "images", annotations)
-        augmented = Augmented(dataset, train_transform(short_sides, 640, crop=(192, 300), before_crop=(320, 400)),
-                              workers=workers)
+        augmented = Augmented(
+            dataset,
+            train_transform(short_sides, 640, crop=(192, 300), before_crop=(320, 400)),
+            workers=workers,
+        )
         loader = augmented.loader(2)
         batches = (batch for epoch in range(1 + count) for batch in loader.epoch(epoch))
-        read = waiting_share(islice(batches, count + 1), step_on_any(ours("resnet18")), count)
+        read = waiting_share(
+            islice(batches, count + 1), step_on_any(ours("resnet18")), count
+        )
     rows = [("generated, in memory", generated), ("COCO folder, augmented", read)]
-    return [Row("waiting for data", name, share, "share", share, "the whole step", (share,)) for name, share in rows]
+    return [
+        Row("waiting for data", name, share, "share", share, "the whole step", (share,))
+        for name, share in rows
+    ]
 
 # %% ../nbs/17_bench.ipynb #17b0003e
-def evaluation_problem(images: int, found: int = 100, objects: int = 7, classes: int = 80) -> tuple[list, list]:
+def evaluation_problem(
+    images: int, found: int = 100, objects: int = 7, classes: int = 80
+) -> tuple[list, list]:
     """Targets, and detections of which some are close to them."""
     dice = torch.Generator().manual_seed(0)
     targets, detections = [], []
     for _ in range(images):
         boxes = torch.rand(objects, 4, generator=dice) * 0.4 + 0.2
         labels = torch.randint(classes, (objects,), generator=dice)
-        near, sure = torch.randint(objects, (found,), generator=dice), torch.rand(found, generator=dice) < 0.8
-        other = torch.randint(5, (found,), generator=dice)  # an image is mistaken for few of the classes
-        guesses = boxes[near] + 0.05 * torch.randn(found, 4, generator=dice).clamp(-3, 3)
+        near, sure = (
+            torch.randint(objects, (found,), generator=dice),
+            torch.rand(found, generator=dice) < 0.8,
+        )
+        # an image is mistaken for few of the classes
+        other = torch.randint(5, (found,), generator=dice)
+        guesses = boxes[near] + 0.05 * torch.randn(found, 4, generator=dice).clamp(
+            -3, 3
+        )
         size = torch.tensor([480, 640])
         targets.append(Target(labels=labels, boxes=boxes, size=size))
-        detections.append({"scores": torch.rand(found, generator=dice),
-                           "labels": torch.where(sure, labels[near], other),
-                           "boxes": scale_boxes(cxcywh_to_xyxy(guesses), 480, 640)})
+        detections.append(
+            {
+                "scores": torch.rand(found, generator=dice),
+                "labels": torch.where(sure, labels[near], other),
+                "boxes": scale_boxes(cxcywh_to_xyxy(guesses), 480, 640),
+            }
+        )
     return targets, detections
 
 
@@ -607,28 +796,49 @@ def compare_evaluation(images: int, rounds: int) -> list[Row]:
 
     def alone() -> None:
         with redirect_stdout(io.StringIO()):
-            known = coco_index(pictures, truth, [{"id": i, "name": name} for i, name in zip(ids, names, strict=True)])
+            known = coco_index(
+                pictures,
+                truth,
+                [{"id": i, "name": name} for i, name in zip(ids, names, strict=True)],
+            )
             job = COCOeval(known, known.loadRes(found), "bbox")
             job.evaluate()
             job.accumulate()
             job.summarize()
 
-    ways = {"pycocotools": alone, "coco_evaluate": lambda: coco_evaluate(targets, detections, names, ids)}
-    return rows_of(f"evaluation: {images} images, 100 detections each", interleaved(ways, rounds, warmup=0))
+    ways = {
+        "pycocotools": alone,
+        "coco_evaluate": lambda: coco_evaluate(targets, detections, names, ids),
+    }
+    return rows_of(
+        f"evaluation: {images} images, 100 detections each",
+        interleaved(ways, rounds, warmup=0),
+    )
 
 # %% ../nbs/17_bench.ipynb #17b00041
-COMPARISONS = ("training", "inference", "memory", "matching", "data", "growth", "evaluation")
+COMPARISONS = (
+    "training",
+    "inference",
+    "memory",
+    "matching",
+    "data",
+    "growth",
+    "evaluation",
+)
 Side = Annotated[int, Within(64, 2**16)]  # pixels
 
 
 @dataclass(frozen=True)
 class Bench(Config):
-    """Measure this library beside others on this machine: ratios of medians of interleaved rounds.
+    """Measure this library beside others on this machine: ratios of medians of
+    interleaved rounds.
 
-    With the standard options it takes some ten minutes on two processor cores. Nothing else should run meanwhile.
+    With the standard options it takes some ten minutes on two processor cores. Nothing
+    else should run meanwhile.
 
     Args:
-        only: which comparisons: training, inference, memory, matching, data, growth, evaluation.
+        only: which comparisons: training, inference, memory, matching, data, growth,
+            evaluation.
         backbones: resnet18, resnet50 or both.
         size: height and width of the images, pixels.
         batch: images of a training step.
@@ -656,9 +866,15 @@ def check_bench(options: Bench) -> None:
         ValueError: naming the option that is wrong.
     """
     if unknown := set(options.only) - set(COMPARISONS):
-        raise ValueError(f"--only {' '.join(sorted(unknown))}: the comparisons are {', '.join(COMPARISONS)}")
+        raise ValueError(
+            f"--only {' '.join(sorted(unknown))}: the comparisons are"
+            f" {', '.join(COMPARISONS)}"
+        )
     if unknown := set(options.backbones) - set(DEPTHS):
-        raise ValueError(f"--backbones {' '.join(sorted(unknown))}: the backbones are {', '.join(DEPTHS)}")
+        raise ValueError(
+            f"--backbones {' '.join(sorted(unknown))}: the backbones are"
+            f" {', '.join(DEPTHS)}"
+        )
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with options.out.open("a"):
@@ -675,20 +891,37 @@ def matching_growth(rounds: int, vary: str, sizes: Sequence[int]) -> Growth:
     """
     problems = {size: matching_problem(images=4, **{vary: size}) for size in sizes}
     matcher = HungarianMatcher()
-    times = interleaved({str(size): partial(matcher, *problem) for size, problem in problems.items()}, rounds)
-    return growth(f"matching with {vary}", sizes, [median(times[str(size)]) for size in sizes])
+    times = interleaved(
+        {str(size): partial(matcher, *problem) for size, problem in problems.items()},
+        rounds,
+    )
+    return growth(
+        f"matching with {vary}", sizes, [median(times[str(size)]) for size in sizes]
+    )
 
 
-def memory_growth(counts: Sequence[int] = (1, 2, 4, 8), size: tuple[int, int] = (256, 320)) -> Growth:
-    """Peak memory of training with ResNet-18 over the images of a batch, each in a fresh process."""
-    costs = [in_fresh_process(training_memory_mb, MemoryCase("ours"), "resnet18", count, size) for count in counts]
+def memory_growth(
+    counts: Sequence[int] = (1, 2, 4, 8), size: tuple[int, int] = (256, 320)
+) -> Growth:
+    """Peak memory of training with ResNet-18 over the images of a batch, each in a
+    fresh process."""
+    costs = [
+        in_fresh_process(
+            training_memory_mb, MemoryCase("ours"), "resnet18", count, size
+        )
+        for count in counts
+    ]
     return growth("memory with the batch", counts, costs, "MB")
 
 
 def all_growths(rounds: int) -> list[Growth]:
     """Attention, matching and memory."""
-    return [attention_growth(rounds), matching_growth(rounds, "queries", (50, 100, 200, 400, 800)),
-            matching_growth(rounds, "objects", (5, 10, 20, 40, 80)), memory_growth()]
+    return [
+        attention_growth(rounds),
+        matching_growth(rounds, "queries", (50, 100, 200, 400, 800)),
+        matching_growth(rounds, "objects", (5, 10, 20, 40, 80)),
+        memory_growth(),
+    ]
 
 # %% ../nbs/17_bench.ipynb #17b00048
 def measure(options: Bench) -> Iterable[list[Row] | list[Growth]]:
@@ -701,8 +934,16 @@ def measure(options: Bench) -> Iterable[list[Row] | list[Growth]]:
         yield compare_matching(4 * options.rounds)
     for backbone in options.backbones:
         if "inference" in options.only:
-            names = [name for name in BUILDERS if "dropout" not in name]  # which is off in every prediction
-            yield compare_peers(inference, backbone, random_batch(1, options.size), options.rounds, bf16, names)
+            # which is off in every prediction
+            names = [name for name in BUILDERS if "dropout" not in name]
+            yield compare_peers(
+                inference,
+                backbone,
+                random_batch(1, options.size),
+                options.rounds,
+                bf16,
+                names,
+            )
         if "training" in options.only:
             batch = random_batch(options.batch, options.size)
             yield compare_peers(training_step, backbone, batch, options.rounds, bf16)
@@ -718,8 +959,12 @@ def measure(options: Bench) -> Iterable[list[Row] | list[Growth]]:
 
 def growth_table(growths: Iterable[Growth]) -> str:
     """Growths for a person: exponents first."""
-    return "\ngrowth, as an exponent over all sizes and over the last two\n" + "\n".join(
-        f"  {g.exponent:5.2f}  {g.last_exponent:5.2f}  {g.name}" for g in growths)
+    return (
+        "\ngrowth, as an exponent over all sizes and over the last two\n"
+        + "\n".join(
+            f"  {g.exponent:5.2f}  {g.last_exponent:5.2f}  {g.name}" for g in growths
+        )
+    )
 
 # %% ../nbs/17_bench.ipynb #17b00049
 def command_of(options: Bench) -> str:
@@ -728,8 +973,13 @@ def command_of(options: Bench) -> str:
     for field in fields(options):
         value = getattr(options, field.name)
         if field.name != "out" and value != field.default:
-            flag, parts = field.name.replace("_", "-"), value if isinstance(value, tuple) else (value,)
-            words += [f"--{'no-' * (value is False)}{flag}"] + [str(p) for p in parts if not isinstance(p, bool)]
+            flag, parts = (
+                field.name.replace("_", "-"),
+                (value if isinstance(value, tuple) else (value,)),
+            )
+            words += [f"--{'no-' * (value is False)}{flag}"] + [
+                str(p) for p in parts if not isinstance(p, bool)
+            ]
     return shlex.join(words)
 
 
@@ -751,7 +1001,8 @@ def bench(options: Bench) -> int:
         The exit code, 0.
 
     Raises:
-        OSError: if the record could not be written; found out before anything is measured.
+        OSError: if the record could not be written; found out before anything is
+            measured.
         ValueError: if an option makes no sense.
     """
     check_bench(options)
@@ -761,9 +1012,16 @@ def bench(options: Bench) -> int:
         (growths if of_growth else rows).extend(results)
         print(growth_table(results) if of_growth else table(results), flush=True)
     record = {
-        "what": "medians of interleaved rounds in one run; a ratio below 1 costs less than what it is compared with",
-        "command": command_of(options), "date": time.strftime("%Y-%m-%d"), "machine": describe_machine(),
-        "load": load, "versions": peer_versions(), "rows": [asdict(row) for row in rows],
+        "what": (
+            "medians of interleaved rounds in one run; a ratio below 1 costs less than"
+            " what it is compared with"
+        ),
+        "command": command_of(options),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": describe_machine(),
+        "load": load,
+        "versions": peer_versions(),
+        "rows": [asdict(row) for row in rows],
         "growths": [asdict(g) for g in growths],
     }
     if options.out is not None:

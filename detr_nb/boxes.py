@@ -20,6 +20,7 @@ def cxcywh_to_xyxy(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
     centre, size = boxes[..., :2], boxes[..., 2:]
     return torch.cat((centre - size / 2, centre + size / 2), -1)
 
+
 def xyxy_to_cxcywh(boxes_xyxy: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
     """The two corners to centre and size."""
     low, high = boxes_xyxy[..., :2], boxes_xyxy[..., 2:]
@@ -28,19 +29,28 @@ def xyxy_to_cxcywh(boxes_xyxy: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
 # %% ../nbs/03_boxes.ipynb #cell-014
 def xywh_to_xyxy(boxes_xywh: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
     """COCO's corner and size to the two corners."""
-    return torch.cat((boxes_xywh[..., :2], boxes_xywh[..., :2] + boxes_xywh[..., 2:]), -1)
+    return torch.cat(
+        (boxes_xywh[..., :2], boxes_xywh[..., :2] + boxes_xywh[..., 2:]), -1
+    )
+
 
 def xyxy_to_xywh(boxes_xyxy: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
     """The two corners to COCO's corner and size."""
-    return torch.cat((boxes_xyxy[..., :2], boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]), -1)
+    return torch.cat(
+        (boxes_xyxy[..., :2], boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]), -1
+    )
 
 # %% ../nbs/03_boxes.ipynb #cell-019
-def scale_boxes(boxes: Float[Tensor, "*n 4"], height: Number, width: Number) -> Float[Tensor, "*n 4"]:
-    """Stretch boxes of any format along both axes: shares times the size of the image give pixels.
+def scale_boxes(
+    boxes: Float[Tensor, "*n 4"], height: Number, width: Number
+) -> Float[Tensor, "*n 4"]:
+    """Stretch boxes of any format along both axes: shares times the size of the image
+    give pixels.
 
     Args:
         boxes: cxcywh, xyxy or xywh.
-        height: factor for y and h; the image's height in pixels, or one over it for the way back.
+        height: factor for y and h; the image's height in pixels, or one over it for the
+            way back.
         width: factor for x and w.
 
     Returns:
@@ -69,22 +79,30 @@ def intersection_and_union(
     """
     low = torch.maximum(a_xyxy[..., :2], b_xyxy[..., :2])
     high = torch.minimum(a_xyxy[..., 2:], b_xyxy[..., 2:])
-    size = (high - low).clamp(min=0)  # no negative widths: two of them would multiply to a false overlap
+    # no negative widths: two of them would multiply to a false overlap
+    size = (high - low).clamp(min=0)
     shared = size[..., 0] * size[..., 1]
     return shared, box_area(a_xyxy) + box_area(b_xyxy) - shared
 
 # %% ../nbs/03_boxes.ipynb #cell-035
-SMALLEST_AREA = 1e-12  # keeps 0 / 0 finite; a box with sides of a millionth of its image still counts exactly
+# keeps 0 / 0 finite; a box with sides of a millionth of its image still counts exactly
+SMALLEST_AREA = 1e-12
+
 
 def share(part: Float[Tensor, "*n"], whole: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-    """Part over whole, 0 where there is nothing to share; the gradient is finite everywhere."""
+    """Part over whole, 0 where there is nothing to share; the gradient is finite
+    everywhere."""
     return part / whole.clamp(min=SMALLEST_AREA)
 
-def iou(a_xyxy: Float[Tensor, "*#n 4"], b_xyxy: Float[Tensor, "*#n 4"]) -> Float[Tensor, "*n"]:
+
+def iou(
+    a_xyxy: Float[Tensor, "*#n 4"], b_xyxy: Float[Tensor, "*#n 4"]
+) -> Float[Tensor, "*n"]:
     """Intersection over union of boxes in step.
 
     Args:
-        a_xyxy: corners, any unit, in float32 or float64 (in float16 the guard against 0 / 0 rounds to 0).
+        a_xyxy: corners, any unit, in float32 or float64 (in float16 the guard against 0
+            / 0 rounds to 0).
         b_xyxy: corners in the same unit; the leading axes broadcast.
 
     Returns:
@@ -93,7 +111,9 @@ def iou(a_xyxy: Float[Tensor, "*#n 4"], b_xyxy: Float[Tensor, "*#n 4"]) -> Float
     return share(*intersection_and_union(a_xyxy, b_xyxy))
 
 # %% ../nbs/03_boxes.ipynb #cell-042
-def pairwise_iou(a_xyxy: Float[Tensor, "*#n q 4"], b_xyxy: Float[Tensor, "*#n t 4"]) -> Float[Tensor, "*n q t"]:
+def pairwise_iou(
+    a_xyxy: Float[Tensor, "*#n q 4"], b_xyxy: Float[Tensor, "*#n t 4"]
+) -> Float[Tensor, "*n q t"]:
     """IoU of every box of the first set with every box of the second.
 
     Args:
@@ -106,21 +126,29 @@ def pairwise_iou(a_xyxy: Float[Tensor, "*#n q 4"], b_xyxy: Float[Tensor, "*#n t 
     return iou(a_xyxy[..., :, None, :], b_xyxy[..., None, :, :])  # q 1 4, 1 t 4 -> q t
 
 # %% ../nbs/03_boxes.ipynb #cell-061
-def hull_area(a_xyxy: Float[Tensor, "*#n 4"], b_xyxy: Float[Tensor, "*#n 4"]) -> Float[Tensor, "*n"]:
+def hull_area(
+    a_xyxy: Float[Tensor, "*#n 4"], b_xyxy: Float[Tensor, "*#n 4"]
+) -> Float[Tensor, "*n"]:
     """Area of the smallest box around both boxes, in step (shapes broadcast)."""
     low = torch.minimum(a_xyxy[..., :2], b_xyxy[..., :2])
     high = torch.maximum(a_xyxy[..., 2:], b_xyxy[..., 2:])
     return box_area(torch.cat((low, high), -1))
 
-def giou(a_xyxy: Float[Tensor, "*#n 4"], b_xyxy: Float[Tensor, "*#n 4"]) -> Float[Tensor, "*n"]:
-    """Generalised IoU of boxes in step: IoU minus the empty share of the smallest box around both.
+
+def giou(
+    a_xyxy: Float[Tensor, "*#n 4"], b_xyxy: Float[Tensor, "*#n 4"]
+) -> Float[Tensor, "*n"]:
+    """Generalised IoU of boxes in step: IoU minus the empty share of the smallest box
+    around both.
 
     Args:
-        a_xyxy: corners, any unit, in float32 or float64 (in float16 the guard against 0 / 0 rounds to 0).
+        a_xyxy: corners, any unit, in float32 or float64 (in float16 the guard against 0
+            / 0 rounds to 0).
         b_xyxy: corners in the same unit; the leading axes broadcast.
 
     Returns:
-        Numbers in [-1, 1]: 1 for equal boxes, towards -1 for boxes far apart, 0 where both are the same point.
+        Numbers in [-1, 1]: 1 for equal boxes, towards -1 for boxes far apart, 0 where
+        both are the same point.
 
     Source: Rezatofighi et al. 2019, algorithm 1.
     """
@@ -129,27 +157,37 @@ def giou(a_xyxy: Float[Tensor, "*#n 4"], b_xyxy: Float[Tensor, "*#n 4"]) -> Floa
     return share(shared, union) - share(hull - union, hull)
 
 # %% ../nbs/03_boxes.ipynb #cell-064
-def pairwise_giou(a_xyxy: Float[Tensor, "*#n q 4"], b_xyxy: Float[Tensor, "*#n t 4"]) -> Float[Tensor, "*n q t"]:
-    """Generalised IoU of every box of the first set with every box of the second; arguments as in `pairwise_iou`."""
+def pairwise_giou(
+    a_xyxy: Float[Tensor, "*#n q 4"], b_xyxy: Float[Tensor, "*#n t 4"]
+) -> Float[Tensor, "*n q t"]:
+    """Generalised IoU of every box of the first set with every box of the second;
+    arguments as in `pairwise_iou`."""
     return giou(a_xyxy[..., :, None, :], b_xyxy[..., None, :, :])
 
 # %% ../nbs/03_boxes.ipynb #cell-098
 def masks_to_boxes(masks: Bool[Tensor, "t y x"]) -> Float[Tensor, "t 4"]:
-    """First and last column and row of each mask, (x0, y0, x1, y1), as indices of pixels.
+    """First and last column and row of each mask, (x0, y0, x1, y1), as indices of
+    pixels.
 
     Args:
         masks: True on the object.
 
     Returns:
-        Indices, so that a mask of one pixel has x0 = x1. Add 1 to x1 and y1 for the far edges of the last pixels.
+        Indices, so that a mask of one pixel has x0 = x1. Add 1 to x1 and y1 for the far
+        edges of the last pixels.
 
     Raises:
         ValueError: if a mask is empty, naming which.
     """
     empty = ~masks.flatten(1).any(1)
     if empty.any():
-        raise ValueError(f"masks {empty.nonzero().flatten().tolist()} are empty and have no box: drop them first")
+        raise ValueError(
+            f"masks {empty.nonzero().flatten().tolist()} are empty and have no box:"
+            " drop them first"
+        )
     rows, cols = masks.any(2).int(), masks.any(1).int()  # t y, t x
     x1 = cols.shape[1] - 1 - cols.flip(1).argmax(1)
     y1 = rows.shape[1] - 1 - rows.flip(1).argmax(1)
-    return torch.stack((cols.argmax(1), rows.argmax(1), x1, y1), 1).to(torch.get_default_dtype())
+    return torch.stack((cols.argmax(1), rows.argmax(1), x1, y1), 1).to(
+        torch.get_default_dtype()
+    )

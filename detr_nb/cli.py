@@ -27,26 +27,45 @@ from tqdm import tqdm
 from .bench import Bench, bench
 from .boxes import xyxy_to_xywh
 from .clinic import Attendant
-from .config import WORDS_MODE, Config, Count, ModelConfig, QueryCount, Share, from_yaml, options_parser
+from detr_nb.config import (
+    WORDS_MODE,
+    Config,
+    Count,
+    ModelConfig,
+    QueryCount,
+    Share,
+    from_yaml,
+    options_parser,
+)
 from .data import PICTURES, DataError, Problem, check_data, read_image, summary
 from .evaluation import evaluate
 from .model import DETR, DETRDemo
 from .notation import Number
-from .pretrained import freeze, predict_image, pretrained_model, replace_head, resize_queries
+from detr_nb.pretrained import (
+    freeze,
+    predict_image,
+    pretrained_model,
+    replace_head,
+    resize_queries,
+)
 from .training import DataConfig, TrainConfig, default_device, fit, read_config
 
 # %% ../nbs/18_cli.ipynb #18c00008
 @dataclass(frozen=True)
 class Predict(Config):
-    """Find objects in pictures: every picture with its boxes drawn, and all boxes in detections.json (COCO's format).
+    """Find objects in pictures: every picture with its boxes drawn, and all boxes in
+    detections.json (COCO's format).
 
-    The exit code is 0 if all pictures were done, 1 if some could not be, and 2 if none was.
+    The exit code is 0 if all pictures were done, 1 if some could not be, and 2 if none
+    was.
 
     Args:
-        images: pictures, and folders, which are searched for pictures down to the last subfolder.
-        weights: what to look with: a checkpoint, a folder of a run or of a saved model, an id of the Hugging Face hub,
-            or detr-r50, detr-r50-dc5, detr-r101, detr-r101-dc5 (fetched once). The small model of drawn shapes that
-            the package carries if left out.
+        images: pictures, and folders, which are searched for pictures down to the last
+            subfolder.
+        weights: what to look with: a checkpoint, a folder of a run or of a saved model,
+            an id of the Hugging Face hub, or detr-r50, detr-r50-dc5, detr-r101,
+            detr-r101-dc5 (fetched once). The small model of drawn shapes that the
+            package carries if left out.
         out: folder for the results; made if it is missing.
         threshold: lowest score that counts, from 0 to 1; the model's own if left out.
     """
@@ -67,7 +86,8 @@ def find_pictures(places: Iterable[Path], out: Path) -> list[Path]:
 
     Args:
         places: files and folders.
-        out: folder of the results; where it lies in one of the places, its content is not taken.
+        out: folder of the results; where it lies in one of the places, its content is
+            not taken.
 
     Raises:
         ValueError: if there is none.
@@ -76,19 +96,29 @@ def find_pictures(places: Iterable[Path], out: Path) -> list[Path]:
     for place in places:
         earlier = absolute(out) if absolute(place) in absolute(out).parents else None
         inside = sorted(place.rglob("*")) if place.is_dir() else [place]
-        pictures = [path for path in inside if path == place or path.suffix.lower() in PICTURES]
-        found |= {absolute(path): path for path in pictures if earlier not in absolute(path).parents}
+        pictures = [
+            path for path in inside if path == place or path.suffix.lower() in PICTURES
+        ]
+        found |= {
+            absolute(path): path
+            for path in pictures
+            if earlier not in absolute(path).parents
+        }
     if not found:
-        raise ValueError(f"there is no picture in {', '.join(map(str, places)) or 'nothing'}: name files, or folders "
-                         f"with files that end in {', '.join(sorted(PICTURES))}")
+        raise ValueError(
+            f"there is no picture in {', '.join(map(str, places)) or 'nothing'}: name"
+            f" files, or folders with files that end in {', '.join(sorted(PICTURES))}"
+        )
     return list(found.values())
 
 # %% ../nbs/18_cli.ipynb #18c00015
-WRITTEN = (".jpg", ".jpeg", ".png")  # kinds of pictures that are written as they were read; others become PNG
+# kinds of pictures that are written as they were read; others become PNG
+WRITTEN = (".jpg", ".jpeg", ".png")
 
 
 def result_paths(pictures: Sequence[Path], out: Path) -> list[Path]:
-    """Where the annotated picture of each picture goes: the same path below `out` as below their common folder.
+    """Where the annotated picture of each picture goes: the same path below `out` as
+    below their common folder.
 
     Raises:
         ValueError: if a result would overwrite a picture.
@@ -96,11 +126,16 @@ def result_paths(pictures: Sequence[Path], out: Path) -> list[Path]:
     full = [absolute(path) for path in pictures]
     common = os.path.commonpath([path.parent for path in full])
     results = [out / path.relative_to(common) for path in full]
-    results = [path if path.suffix.lower() in WRITTEN else path.with_name(f"{path.name}.png") for path in results]
+    results = [
+        path if path.suffix.lower() in WRITTEN else path.with_name(f"{path.name}.png")
+        for path in results
+    ]
     taken = {os.path.realpath(path) for path in results}
     for picture in pictures:
         if os.path.realpath(picture) in taken:
-            raise ValueError(f"--out {out} would overwrite {picture}: give another folder")
+            raise ValueError(
+                f"--out {out} would overwrite {picture}: give another folder"
+            )
     return results
 
 # %% ../nbs/18_cli.ipynb #18c00018
@@ -112,15 +147,31 @@ def draw(picture: UInt8[Tensor, "3 y x"], found: Found) -> UInt8[Tensor, "3 y x"
     if not found["names"]:
         return picture
     size = max(10, min(picture.shape[1:]) // 40)
-    words = [f"{name} {score:.2f}" for name, score in zip(found["names"], found["scores"].tolist(), strict=True)]
-    colours = [f"hsl({137.5 * label % 360:.0f}, 90%, 45%)" for label in found["labels"].tolist()]
+    words = [
+        f"{name} {score:.2f}"
+        for name, score in zip(found["names"], found["scores"].tolist(), strict=True)
+    ]
+    colours = [
+        f"hsl({137.5 * label % 360:.0f}, 90%, 45%)"
+        for label in found["labels"].tolist()
+    ]
     font = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans-Bold.ttf"
-    return draw_bounding_boxes(picture, found["boxes"], words, colours, width=max(1, size // 6), font=str(font),
-                               font_size=size)
+    return draw_bounding_boxes(
+        picture,
+        found["boxes"],
+        words,
+        colours,
+        width=max(1, size // 6),
+        font=str(font),
+        font_size=size,
+    )
 
 # %% ../nbs/18_cli.ipynb #18c00021
-def coco_rows(found: Found, number: int, file: Path, ids: Sequence[int] | None) -> list[dict[str, object]]:
-    """The boxes of one picture in COCO's result format, with the names of file and class.
+def coco_rows(
+    found: Found, number: int, file: Path, ids: Sequence[int] | None
+) -> list[dict[str, object]]:
+    """The boxes of one picture in COCO's result format, with the names of file and
+    class.
 
     Args:
         found: what `predict_image` returns.
@@ -128,22 +179,46 @@ def coco_rows(found: Found, number: int, file: Path, ids: Sequence[int] | None) 
         file: its path.
         ids: the dataset's own id of each label; None if labels are all there is.
     """
-    boxes = [[round(side, 2) for side in box] for box in xyxy_to_xywh(found["boxes"]).tolist()]
-    columns = (found["labels"].tolist(), found["names"], boxes, found["scores"].tolist())
-    return [{"image_id": number, "file_name": str(file), "category_id": ids[label] if ids else label,
-             "category_name": name, "bbox": box, "score": round(score, 5)}
-            for label, name, box, score in zip(*columns, strict=True)]
+    boxes = [
+        [round(side, 2) for side in box]
+        for box in xyxy_to_xywh(found["boxes"]).tolist()
+    ]
+    columns = (
+        found["labels"].tolist(),
+        found["names"],
+        boxes,
+        found["scores"].tolist(),
+    )
+    return [
+        {
+            "image_id": number,
+            "file_name": str(file),
+            "category_id": ids[label] if ids else label,
+            "category_name": name,
+            "bbox": box,
+            "score": round(score, 5),
+        }
+        for label, name, box, score in zip(*columns, strict=True)
+    ]
 
 
 def write_rows(rows: Sequence[Mapping], file: Path) -> None:
     """Write a JSON list with one row a line."""
-    file.write_text("[" + ",".join(f"\n{json.dumps(row, ensure_ascii=False)}" for row in rows) + "\n]\n", "utf8")
+    file.write_text(
+        "["
+        + ",".join(f"\n{json.dumps(row, ensure_ascii=False)}" for row in rows)
+        + "\n]\n",
+        "utf8",
+    )
 
 # %% ../nbs/18_cli.ipynb #18c00024
-FAILURES = (OSError, RuntimeError, ValueError)  # files, and what models and decoders say of pictures and weights
+# files, and what models and decoders say of pictures and weights
+FAILURES = (OSError, RuntimeError, ValueError)
 
 
-def predict_file(model: DETR | DETRDemo, picture: Path, result: Path, threshold: Number | None) -> Found:
+def predict_file(
+    model: DETR | DETRDemo, picture: Path, result: Path, threshold: Number | None
+) -> Found:
     """Look at one picture and write it with its boxes."""
     image = read_image(picture)
     found = predict_image(model, image, threshold)
@@ -159,32 +234,43 @@ def predict(options: Predict) -> int:
         The exit code: 0 if all pictures were done, 1 if some failed, 2 if all did.
 
     Raises:
-        ValueError: if there is no picture, one would be overwritten, or the model is none.
+        ValueError: if there is no picture, one would be overwritten, or the model is
+            none.
     """
     pictures = find_pictures(options.images, options.out)
     results = result_paths(pictures, options.out)
     model = pretrained_model(options.weights).to(default_device())
     options.out.mkdir(parents=True, exist_ok=True)
     rows, failed = [], 0
-    for number, (picture, result) in enumerate(zip(tqdm(pictures, disable=None), results, strict=True), 1):
+    for number, (picture, result) in enumerate(
+        zip(tqdm(pictures, disable=None), results, strict=True), 1
+    ):
         try:
             found = predict_file(model, picture, result, options.threshold)
             rows += coco_rows(found, number, picture, model.category_ids)
         except FAILURES as error:
             failed += 1
-            tqdm.write(str(error) if isinstance(error, DataError) else f"{picture}: {error}", file=sys.stderr)
+            tqdm.write(
+                str(error) if isinstance(error, DataError) else f"{picture}: {error}",
+                file=sys.stderr,
+            )
     write_rows(rows, options.out / "detections.json")
     done = len(pictures) - failed
-    print(f"{done} of {len(pictures)} pictures done, {len(rows)} boxes in {options.out / 'detections.json'}")
+    print(
+        f"{done} of {len(pictures)} pictures done, {len(rows)} boxes in"
+        f" {options.out / 'detections.json'}"
+    )
     return 0 if not failed else 1 if done else 2
 
 # %% ../nbs/18_cli.ipynb #18de0001
 @dataclass(frozen=True)
 class FineTuned(ModelConfig):
-    """Somebody's weights with a head for your classes; give low rates, since those of a run are for fresh weights.
+    """Somebody's weights with a head for your classes; give low rates, since those of a
+    run are for fresh weights.
 
     Args:
-        weights: as in `Predict`; the small model of drawn shapes that the package carries if left out.
+        weights: as in `Predict`; the small model of drawn shapes that the package
+            carries if left out.
         num_queries: object queries; as many as the weights have if left out.
         frozen: parts that do not learn, such as memory.backbone.
     """
@@ -196,7 +282,10 @@ class FineTuned(ModelConfig):
     def build(self, num_classes: int) -> DETR:
         """Load, replace the head, freeze."""
         model = replace_head(pretrained_model(self.weights), num_classes)
-        return freeze(resize_queries(model, self.num_queries) if self.num_queries else model, *self.frozen).train()
+        return freeze(
+            resize_queries(model, self.num_queries) if self.num_queries else model,
+            *self.frozen,
+        ).train()
 
 
 FOLDER = "runs/detr"  # of a run that names none
@@ -204,9 +293,13 @@ FOLDER = "runs/detr"  # of a run that names none
 
 def train(config: TrainConfig) -> int:
     """Train, or go on with the run in the folder, and say how good the model became."""
-    run = fit(config if config.folder else replace(config, folder=FOLDER), watch=Attendant())
+    run = fit(
+        config if config.folder else replace(config, folder=FOLDER), watch=Attendant()
+    )
     print(run.line())
-    print(f"the model is in {run.folder}: detr-nb predict PICTURES --weights {run.folder}")
+    print(
+        f"the model is in {run.folder}: detr-nb predict PICTURES --weights {run.folder}"
+    )
     return 0
 
 # %% ../nbs/18_cli.ipynb #18de0003
@@ -215,7 +308,8 @@ class Eval(Config):
     """COCO's metrics of a model on held-out pictures.
 
     Args:
-        folder: of a run, whose held-out pictures and weights are taken; may be left out if both are given.
+        folder: of a run, whose held-out pictures and weights are taken; may be left out
+            if both are given.
         data: other data; their held-out part is looked at.
         weights: another model, as in `Predict`.
         batch_size: images at a time.
@@ -238,12 +332,22 @@ def judge(options: Eval) -> int:
     if options.folder is None and (options.data is None or options.weights is None):
         raise ValueError("eval needs the folder of a run, or both --data and --weights")
     if options.folder and not (options.folder / "config.yaml").is_file():
-        raise ValueError(f"{options.folder} holds no config.yaml: give the folder of a run")
-    data = options.data or read_config(["--config", str(options.folder / "config.yaml")]).data
+        raise ValueError(
+            f"{options.folder} holds no config.yaml: give the folder of a run"
+        )
+    data = (
+        options.data
+        or read_config(["--config", str(options.folder / "config.yaml")]).data
+    )
     model = pretrained_model(options.weights or options.folder).to(default_device())
     metrics = evaluate(model, data.load()[1], options.batch_size)
     rows = [(name, value) for name, value in metrics.items() if name != "per_class"]
-    print("\n".join(f"{name:20} {value:.3f}" for name, value in [*rows, *metrics["per_class"].items()]))
+    print(
+        "\n".join(
+            f"{name:20} {value:.3f}"
+            for name, value in [*rows, *metrics["per_class"].items()]
+        )
+    )
     if options.out:
         options.out.write_text(json.dumps(metrics, indent=1) + "\n", "utf8")
     return 0
@@ -251,7 +355,8 @@ def judge(options: Eval) -> int:
 # %% ../nbs/18_cli.ipynb #18de0005
 @dataclass(frozen=True)
 class CheckData(Config):
-    """Read every picture and every entry once, and list what is wrong. The exit code is 0 if nothing is, else 1.
+    """Read every picture and every entry once, and list what is wrong. The exit code is
+    0 if nothing is, else 1.
 
     Args:
         data: what to check, as for `train`.
@@ -263,29 +368,45 @@ class CheckData(Config):
 def check(options: CheckData) -> int:
     """List the problems of both parts."""
     found: list[Problem] = []
-    for name, part in zip(("to learn from", "held out"), options.data.load(), strict=True):
+    for name, part in zip(
+        ("to learn from", "held out"), options.data.load(), strict=True
+    ):
         while hasattr(part, "dataset"):  # what lies under transforms
             part = part.dataset
         problems = check_data(part)
-        print(f"{name}: {len(part)} images, {len(part.names)} classes, {summary(problems)}")
+        print(
+            f"{name}: {len(part)} images, {len(part.names)} classes,"
+            f" {summary(problems)}"
+        )
         found += problems
     return 1 if found else 0
 
 # %% ../nbs/18_cli.ipynb #18c00029
 COMMANDS: Mapping[str, tuple[type[Config], Callable[..., int]]] = {
-    "predict": (Predict, predict), "train": (TrainConfig, train), "eval": (Eval, judge),
-    "check-data": (CheckData, check), "bench": (Bench, bench),
+    "predict": (Predict, predict),
+    "train": (TrainConfig, train),
+    "eval": (Eval, judge),
+    "check-data": (CheckData, check),
+    "bench": (Bench, bench),
 }
-WORDS = {"images": "*", "folder": "?"}  # fields of predict and eval that take words without a flag
+# fields of predict and eval that take words without a flag
+WORDS = {"images": "*", "folder": "?"}
 
 
 def command_parser(kind: type[Config]) -> ArgumentParser:
     """The options of one command."""
-    words = [part for part in fields(kind) if kind in (Predict, Eval) and part.name in WORDS]
+    words = [
+        part for part in fields(kind) if kind in (Predict, Eval) and part.name in WORDS
+    ]
     parser = options_parser(kind, [part.name for part in words])
-    told = {part.arg_name: part.description for part in docstring_parser.parse(kind.__doc__).params}
+    told = {
+        part.arg_name: part.description
+        for part in docstring_parser.parse(kind.__doc__).params
+    }
     for part in words:
-        parser.add_argument(part.name, nargs=WORDS[part.name], type=Path, help=told[part.name])
+        parser.add_argument(
+            part.name, nargs=WORDS[part.name], type=Path, help=told[part.name]
+        )
     return parser
 
 
@@ -293,22 +414,31 @@ def main(args: Sequence[str] | None = None) -> int:
     """The program `detr-nb`.
 
     Args:
-        args: words of the command line; those that the program was called with if left out.
+        args: words of the command line; those that the program was called with if left
+            out.
 
     Returns:
         The exit code of the command; 2 if nothing could be done.
     """
-    parser = ArgumentParser(prog="detr-nb", parser_mode=WORDS_MODE,
-                            description="Object detection with transformers: a command for each need.")
+    parser = ArgumentParser(
+        prog="detr-nb",
+        parser_mode=WORDS_MODE,
+        description="Object detection with transformers: a command for each need.",
+    )
     commands = parser.add_subcommands(dest="command")
     for name, (kind, _) in COMMANDS.items():
-        commands.add_subcommand(name, command_parser(kind), help=kind.__doc__.partition("\n")[0])
+        commands.add_subcommand(
+            name, command_parser(kind), help=kind.__doc__.partition("\n")[0]
+        )
     found = parser.parse_args(args, defaults=False)
     kind, function = COMMANDS[found.command]
     given = from_yaml(found[found.command].as_dict())
     try:
-        return function(kind.read({name: value for name, value in given.items() if name != "config"}))
+        return function(
+            kind.read(
+                {name: value for name, value in given.items() if name != "config"}
+            )
+        )
     except FAILURES as error:
         print(f"detr-nb: {error}", file=sys.stderr)
         return 2
-

@@ -31,29 +31,59 @@ from torchvision.transforms import v2
 
 from .boxes import cxcywh_to_xyxy, pairwise_iou
 from .config import ModelConfig
-from .data import Augmented, Batch, MemoryDataset, Preprocess, RandomSizeCrop, Transformed
+from detr_nb.data import (
+    Augmented,
+    Batch,
+    MemoryDataset,
+    Preprocess,
+    RandomSizeCrop,
+    Transformed,
+)
 from .evaluation import Detect, batch_maker, coco_evaluate, evaluation_mode
 from .insight import predict_layers
 from .losses import SetCriterion, SoftmaxClasses
-from .model import DETR, ObjectQueries, Scores, SoftmaxScores, TinyModel, detr_tiny, postprocess
+from detr_nb.model import (
+    DETR,
+    ObjectQueries,
+    Scores,
+    SoftmaxScores,
+    TinyModel,
+    detr_tiny,
+    postprocess,
+)
 from .notation import Memory, Number, Output, Queries, Target
 from .shapes import DEFAULT, EASY
-from .training import Run, ShapesData, TrainConfig, build_criterion, predict_batch, running_means
+from detr_nb.training import (
+    Run,
+    ShapesData,
+    TrainConfig,
+    build_criterion,
+    predict_batch,
+    running_means,
+)
 
 # %% ../nbs/16_clinic.ipynb #16c10009
 def ap_of(
-    out: Output, targets: Sequence[Target], names: Sequence[str], to_detections: Detect = postprocess
+    out: Output,
+    targets: Sequence[Target],
+    names: Sequence[str],
+    to_detections: Detect = postprocess,
 ) -> float:
-    """AP of the last layer's predictions, with the same contiguous ids on both sides, every picture as a square.
+    """AP of the last layer's predictions, with the same contiguous ids on both sides,
+    every picture as a square.
 
     Args:
         out: predictions for many images.
         targets: the truth.
         names: name of each class.
-        to_detections: turns an output and sizes into detections, such as a model's `postprocess`.
+        to_detections: turns an output and sizes into detections, such as a model's
+            `postprocess`.
     """
     found = to_detections(out, [(1000, 1000)] * len(targets))
-    truth = [Target(labels=target["labels"], boxes=target["boxes"], size=(1000, 1000)) for target in targets]
+    truth = [
+        Target(labels=target["labels"], boxes=target["boxes"], size=(1000, 1000))
+        for target in targets
+    ]
     return coco_evaluate(truth, found, names, list(range(len(names))))["AP"]
 
 # %% ../nbs/16_clinic.ipynb #16c1000c
@@ -70,13 +100,18 @@ class Finding(NamedTuple):
     evidence: str
     remedy: str
 
+
 Evidence = Mapping[str, Number]
 
 # %% ../nbs/16_clinic.ipynb #16c1000f
 def class_table(
-    out: Output, targets: Sequence[Target], overlap: Number = 0.5, scores: Scores | None = None
+    out: Output,
+    targets: Sequence[Target],
+    overlap: Number = 0.5,
+    scores: Scores | None = None,
 ) -> Int[Tensor, "c c"]:
-    """Count objects by their class (row) and by the class of the box that covers them best (column).
+    """Count objects by their class (row) and by the class of the box that covers them
+    best (column).
 
     Args:
         out: predictions for many images.
@@ -84,12 +119,19 @@ def class_table(
         overlap: IoU from which a box covers an object.
         scores: what the columns of the logits mean; `SoftmaxScores` if left out.
     """
-    likely, boxes = (scores or SoftmaxScores())(out.logits[-1].float()), out.boxes[-1].float()
+    likely, boxes = (
+        (scores or SoftmaxScores())(out.logits[-1].float()),
+        out.boxes[-1].float(),
+    )
     table = torch.zeros(likely.shape[-1], likely.shape[-1], dtype=torch.int64)
     for answers, row, target in zip(likely, boxes, targets, strict=True):
         if len(target["labels"]):
-            best, place = pairwise_iou(cxcywh_to_xyxy(row), cxcywh_to_xyxy(target["boxes"])).max(0)
-            for label, query in zip(target["labels"][best >= overlap], place[best >= overlap], strict=True):
+            best, place = pairwise_iou(
+                cxcywh_to_xyxy(row), cxcywh_to_xyxy(target["boxes"])
+            ).max(0)
+            for label, query in zip(
+                target["labels"][best >= overlap], place[best >= overlap], strict=True
+            ):
                 table[label, answers[query].argmax()] += 1
     return table
 
@@ -98,14 +140,21 @@ def renaming(table: Int[Tensor, "c c"]) -> tuple[Number, Number, list[int]]:
     """The renaming of classes that makes most of a table right.
 
     Returns:
-        The share that is right as it stands, the share that is right after renaming, and the new name of each class.
+        The share that is right as it stands, the share that is right after renaming,
+        and the new name of each class.
     """
     total = max(int(table.sum()), 1)
     _, names = linear_sum_assignment(table.numpy(), maximize=True)
-    return int(table.trace()) / total, int(table[range(len(names)), names].sum()) / total, names.tolist()
+    return (
+        int(table.trace()) / total,
+        int(table[range(len(names)), names].sum()) / total,
+        names.tolist(),
+    )
+
 
 def common_shift(names: Sequence[int]) -> int:
-    """By how much a renaming shifts every class, counted in a circle; 0 if it does something else."""
+    """By how much a renaming shifts every class, counted in a circle; 0 if it does
+    something else."""
     shifts = {(new - old) % len(names) for old, new in enumerate(names)}
     return shifts.pop() if len(shifts) == 1 else 0
 
@@ -117,8 +166,10 @@ def target_evidence(targets: Sequence[Target]) -> dict[str, Number]:
         targets: some of those that were learned from, boxes as they are.
 
     Returns:
-        objects: mean number an image. largest: the largest number in a box. outside: share of boxes that reach out of
-        the picture by more than a fiftieth if they are read as cxcywh. corners: share of those that would be proper
+        objects: mean number an image. largest: the largest number in a box. outside:
+            share of boxes that reach out of
+        the picture by more than a fiftieth if they are read as cxcywh. corners: share
+            of those that would be proper
         boxes if they were read as xyxy.
     """
     boxes = torch.cat([target["boxes"] for target in targets])
@@ -127,15 +178,20 @@ def target_evidence(targets: Sequence[Target]) -> dict[str, Number]:
     proper = (boxes[:, 2:] > boxes[:, :2]).all(1) & (boxes >= 0).all(1)
     counts = (len(boxes), int(out.sum()), int((out & proper).sum()))
     return {
-        "objects": len(boxes) / max(len(targets), 1), "largest": float(boxes.amax()) if len(boxes) else 0.0,
-        "outside": counts[1] / max(counts[0], 1), "corners": counts[2] / max(counts[1], 1),
+        "objects": len(boxes) / max(len(targets), 1),
+        "largest": float(boxes.amax()) if len(boxes) else 0.0,
+        "outside": counts[1] / max(counts[0], 1),
+        "corners": counts[2] / max(counts[1], 1),
     }
 
 # %% ../nbs/16_clinic.ipynb #16c1001b
 def found_share(
-    boxes: Float[Tensor, "b q 4"], targets: Sequence[Target], factors: Sequence[tuple[Number, Number]]
+    boxes: Float[Tensor, "b q 4"],
+    targets: Sequence[Target],
+    factors: Sequence[tuple[Number, Number]],
 ) -> float:
-    """Share of objects that some box covers with an IoU of at least a half, after a change of scale.
+    """Share of objects that some box covers with an IoU of at least a half, after a
+    change of scale.
 
     Args:
         boxes: predicted, normalised cxcywh.
@@ -145,12 +201,17 @@ def found_share(
     hits = []
     for row, target, (x, y) in zip(boxes, targets, factors, strict=True):
         scaled = cxcywh_to_xyxy(row.float() * row.new_tensor([x, y, x, y]).float())
-        hits.append((pairwise_iou(scaled, cxcywh_to_xyxy(target["boxes"])) >= 0.5).any(0))
+        hits.append(
+            (pairwise_iou(scaled, cxcywh_to_xyxy(target["boxes"])) >= 0.5).any(0)
+        )
     return float(torch.cat(hits).float().mean()) if hits else 0.0
 
 # %% ../nbs/16_clinic.ipynb #16c1001d
-def padded_by_own(pictures: Sequence[tuple[Tensor, Target]], batch: int = 16) -> list[tuple[float, float]]:
-    """How many times wider and higher a padded picture is than its own, if batches are made in this order.
+def padded_by_own(
+    pictures: Sequence[tuple[Tensor, Target]], batch: int = 16
+) -> list[tuple[float, float]]:
+    """How many times wider and higher a padded picture is than its own, if batches are
+    made in this order.
 
     Args:
         pictures: images and targets.
@@ -165,8 +226,11 @@ def padded_by_own(pictures: Sequence[tuple[Tensor, Target]], batch: int = 16) ->
 
 # %% ../nbs/16_clinic.ipynb #16c10020
 @torch.no_grad()
-def padding_evidence(model: nn.Module, dataset: Dataset, images: int = 8) -> dict[str, float]:
-    """What becomes of the boxes of a picture that shares its batch with a blank one, twice as wide and high.
+def padding_evidence(
+    model: nn.Module, dataset: Dataset, images: int = 8
+) -> dict[str, float]:
+    """What becomes of the boxes of a picture that shares its batch with a blank one,
+    twice as wide and high.
 
     Only the surest queries count, as many as the picture has objects.
 
@@ -176,24 +240,44 @@ def padding_evidence(model: nn.Module, dataset: Dataset, images: int = 8) -> dic
         images: how many of them.
 
     Returns:
-        padding: how far the four numbers move, against the picture alone; the mean. mask_felt: how far they move if
+        padding: how far the four numbers move, against the picture alone; the mean.
+            mask_felt: how far they move if
         the padding is said to be picture; the largest. Both as shares of the picture.
     """
-    make_batch, device, shifts, felt = batch_maker(model), next(model.parameters()).device, [torch.zeros(0)], [0.0]
+    make_batch, device, shifts, felt = (
+        batch_maker(model),
+        next(model.parameters()).device,
+        [torch.zeros(0)],
+        [0.0],
+    )
     with evaluation_mode(model):
-        for image, target in (dataset[index] for index in range(min(images, len(dataset)))):
+        for image, target in (
+            dataset[index] for index in range(min(images, len(dataset)))
+        ):
             blank = image.new_zeros(3, 2 * image.shape[1], 2 * image.shape[2])
-            alone, shared = (make_batch([(part, target) for part in parts]).to(device)
-                             for parts in ([image], [image, blank]))
-            one, two, three = (model(batch.images, pad) for batch, pad in (
-                (alone, alone.pad), (shared, shared.pad), (shared, torch.zeros_like(shared.pad))))
-            sure = model.scores(one.logits[-1, 0].float()).sum(-1)  # that there is anything at all
+            alone, shared = (
+                make_batch([(part, target) for part in parts]).to(device)
+                for parts in ([image], [image, blank])
+            )
+            one, two, three = (
+                model(batch.images, pad)
+                for batch, pad in (
+                    (alone, alone.pad),
+                    (shared, shared.pad),
+                    (shared, torch.zeros_like(shared.pad)),
+                )
+            )
+            # that there is anything at all
+            sure = model.scores(one.logits[-1, 0].float()).sum(-1)
             best = sure.argsort(descending=True)[: len(target["labels"])]
             boxes = [out.boxes[-1, 0][best].float().cpu() for out in (one, two, three)]
             shifts.append((boxes[0] - boxes[1]).abs().mean(1))
             felt += (boxes[1] - boxes[2]).abs().flatten().tolist()
     moved = torch.cat(shifts)
-    return {"padding": float(moved.mean()) if len(moved) else 0.0, "mask_felt": max(felt)}
+    return {
+        "padding": float(moved.mean()) if len(moved) else 0.0,
+        "mask_felt": max(felt),
+    }
 
 # %% ../nbs/16_clinic.ipynb #16c10021
 class Maskless(nn.Module):
@@ -208,7 +292,9 @@ class Maskless(nn.Module):
         self.memory, self.backbone = memory, memory.backbone
 
     def forward(
-        self, images: Float[Tensor, "*n 3 y x"], pad: Bool[Tensor, "*n y x"],
+        self,
+        images: Float[Tensor, "*n 3 y x"],
+        pad: Bool[Tensor, "*n y x"],
         cameras: Float[Tensor, "b v 4 4"] | None = None,
     ) -> Memory:
         """The memory of pictures without padding."""
@@ -216,9 +302,13 @@ class Maskless(nn.Module):
 
 # %% ../nbs/16_clinic.ipynb #16c10024
 def lost_areas(
-    boxes: Float[Tensor, "n 4"], size: tuple[int, int], dtype: torch.dtype, tolerance: Number = 0.01
+    boxes: Float[Tensor, "n 4"],
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    tolerance: Number = 0.01,
 ) -> tuple[float, float]:
-    """Share of boxes whose area a number type gets wrong: of normalised boxes, and of the same boxes in pixels.
+    """Share of boxes whose area a number type gets wrong: of normalised boxes, and of
+    the same boxes in pixels.
 
     Args:
         boxes: normalised cxcywh.
@@ -230,33 +320,41 @@ def lost_areas(
     shares = []
     for sides in (boxes[:, 2:], boxes[:, 2:] * boxes.new_tensor([width, height])):
         exact, rounded = sides.double().prod(1), sides.to(dtype).prod(1).double()
-        shares.append(float(((rounded - exact).abs() > tolerance * exact).double().mean()))
+        shares.append(
+            float(((rounded - exact).abs() > tolerance * exact).double().mean())
+        )
     return shares[0], shares[1]
 
 # %% ../nbs/16_clinic.ipynb #16c1002a
 def answer_evidence(out: Output, classes: object | None = None) -> dict[str, Number]:
-    """How many queries claim an object, and how much answers differ among queries and among images.
+    """How many queries claim an object, and how much answers differ among queries and
+    among images.
 
     Args:
         out: predictions for many images.
         classes: knows which queries claim an object; `SoftmaxClasses` if left out.
 
     Returns:
-        answers: queries an image that claim an object. among_queries: standard deviation of the box
-        numbers over the queries of an image. among_images: the same over images, for each query.
+        answers: queries an image that claim an object. among_queries: standard
+            deviation of the box
+        numbers over the queries of an image. among_images: the same over images, for
+            each query.
     """
     logits, boxes = out.logits[-1].float(), out.boxes[-1].float()
     claimed = (classes or SoftmaxClasses()).claimed(logits[None])[0]
     return {
         "answers": float(claimed.sum(1).float().mean()),
-        "among_queries": float(boxes.std(1).mean()), "among_images": float(boxes.std(0).mean()),
+        "among_queries": float(boxes.std(1).mean()),
+        "among_images": float(boxes.std(0).mean()),
     }
 
 # %% ../nbs/16_clinic.ipynb #16c1002b
 class OneVector(ObjectQueries):
     """Queries that share one vector."""
 
-    def forward(self, memory: Memory, targets: Sequence[Target] | None = None) -> Queries:
+    def forward(
+        self, memory: Memory, targets: Sequence[Target] | None = None
+    ) -> Queries:
         """The first vector for all of them."""
         made = super().forward(memory, targets)
         return made._replace(pos=made.pos[:, :1].expand_as(made.pos))
@@ -270,8 +368,10 @@ def weight_evidence(model: nn.Module, fresh: nn.Module) -> dict[str, Number]:
         fresh: the same model with the same seed, before training.
 
     Returns:
-        still: share of the numbers outside the backbone that are exactly as at the start. still_backbone: the same in
-        the backbone. growth: the norm of a matrix by its norm at the start, the median over all.
+        still: share of the numbers outside the backbone that are exactly as at the
+            start. still_backbone: the same in
+        the backbone. growth: the norm of a matrix by its norm at the start, the median
+            over all.
     """
     at_first, moved, total, growth = dict(fresh.named_parameters()), {}, {}, []
     for name, now in model.named_parameters():
@@ -281,12 +381,17 @@ def weight_evidence(model: nn.Module, fresh: nn.Module) -> dict[str, Number]:
         if now.ndim > 1 and before.norm() > 0:
             growth.append(float((now.norm() / before.norm()).detach()))
     still = {part: 1 - moved[part] / total[part] for part in total}
-    return {"still": still.get("", 0.0), "still_backbone": still.get("backbone", 0.0), "growth": median(growth)}
+    return {
+        "still": still.get("", 0.0),
+        "still_backbone": still.get("backbone", 0.0),
+        "growth": median(growth),
+    }
 
 # %% ../nbs/16_clinic.ipynb #16c10031
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Switch a model to training or evaluation while the block runs; modes and running means come back afterwards."""
+    """Switch a model to training or evaluation while the block runs; modes and running
+    means come back afterwards."""
     modes = [(part, part.training) for part in model.modules()]
     means = [(value, value.clone()) for value in running_means(model)]
     model.train(training)
@@ -298,9 +403,13 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
         for value, before in means:
             value.copy_(before)
 
+
 @torch.no_grad()
-def mode_evidence(model: nn.Module, batch: Batch, criterion: SetCriterion) -> dict[str, Number]:
-    """The loss of one batch as training sees it, with the batch's own means, and as everybody else does.
+def mode_evidence(
+    model: nn.Module, batch: Batch, criterion: SetCriterion
+) -> dict[str, Number]:
+    """The loss of one batch as training sees it, with the batch's own means, and as
+    everybody else does.
 
     Args:
         model: a detector; it is left as it was.
@@ -309,16 +418,19 @@ def mode_evidence(model: nn.Module, batch: Batch, criterion: SetCriterion) -> di
     """
     batch, losses = batch.to(next(model.parameters()).device), {}
     for name, training in (("as_trained", True), ("as_used", False)):
-        with in_mode(model, training), torch.random.fork_rng(devices=[]):  # dropout draws
+        # dropout draws
+        with in_mode(model, training), torch.random.fork_rng(devices=[]):
             found = criterion(predict_batch(model, batch), batch.targets)
         losses[f"loss_{name}"] = float(criterion.total(found))
     return losses
 
 # %% ../nbs/16_clinic.ipynb #16c10035
 def log_evidence(history: Sequence[Mapping]) -> dict[str, Number]:
-    """Figures of a run's log: the loss at its start, at its end and at its peak, and what the last row says.
+    """Figures of a run's log: the loss at its start, at its end and at its peak, and
+    what the last row says.
 
-    The loss is the paper's sum for the last layer, CE + 5 L1 + 2 GIoU, whatever weights the run itself uses.
+    The loss is the paper's sum for the last layer, CE + 5 L1 + 2 GIoU, whatever weights
+    the run itself uses.
 
     Args:
         history: the rows of a run, `run.history`.
@@ -327,15 +439,28 @@ def log_evidence(history: Sequence[Mapping]) -> dict[str, Number]:
         Named numbers; the losses are 0 if no step is logged.
     """
     rows = [row for row in history if "loss_ce" in row]
-    sums = [row["loss_ce"] + 5 * row["loss_bbox"] + 2 * row["loss_giou"] for row in rows]
+    sums = [
+        row["loss_ce"] + 5 * row["loss_bbox"] + 2 * row["loss_giou"] for row in rows
+    ]
     if not rows:
-        return {"loss_first": 0.0, "loss_last": 0.0, "loss_peak": 0.0, "class_error": 100.0}
+        return {
+            "loss_first": 0.0,
+            "loss_last": 0.0,
+            "loss_peak": 0.0,
+            "class_error": 100.0,
+        }
     wrong = rows[-1]["class_error"]
-    return {"loss_first": sums[0], "loss_last": sums[-1], "loss_peak": max(sums), "class_error": wrong}
+    return {
+        "loss_first": sums[0],
+        "loss_last": sums[-1],
+        "loss_peak": max(sums),
+        "class_error": wrong,
+    }
 
 # %% ../nbs/16_clinic.ipynb #16c10038
 class Samples(Dataset):
-    """A few images and targets in a list, with the words of the dataset that they come from.
+    """A few images and targets in a list, with the words of the dataset that they come
+    from.
 
     Args:
         samples: images and targets.
@@ -343,7 +468,11 @@ class Samples(Dataset):
     """
 
     def __init__(self, samples: Sequence[tuple[Tensor, Target]], source: Dataset):
-        self.samples, self.names, self.category_ids = list(samples), source.names, source.category_ids
+        self.samples, self.names, self.category_ids = (
+            list(samples),
+            source.names,
+            source.category_ids,
+        )
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -352,32 +481,55 @@ class Samples(Dataset):
         """One image and its truth."""
         return self.samples[index]
 
+
 def first_samples(dataset: Dataset, count: int) -> Samples:
     """The first images of a dataset, read once."""
-    return Samples([dataset[index] for index in range(min(count, len(dataset)))], dataset)
+    return Samples(
+        [dataset[index] for index in range(min(count, len(dataset)))], dataset
+    )
 
 # %% ../nbs/16_clinic.ipynb #16c10039
-def held_out_evidence(model: nn.Module, held: Samples, criterion: SetCriterion) -> dict[str, Number]:
-    """What the answers for held-out pictures say about classes, places, queries and padding."""
+def held_out_evidence(
+    model: nn.Module, held: Samples, criterion: SetCriterion
+) -> dict[str, Number]:
+    """What the answers for held-out pictures say about classes, places, queries and
+    padding."""
     out, truth = predict_layers(model, held)
     table = class_table(out, truth, scores=model.scores)
     right, renamed, names = renaming(table)
     return {
-        **answer_evidence(out, criterion.classes), **padding_evidence(model, held),
+        **answer_evidence(out, criterion.classes),
+        **padding_evidence(model, held),
         "ap_held": ap_of(out, truth, held.names, model.postprocess),
-        "compared": int(table.sum()), "right": right, "renamed": renamed, "shift": common_shift(names),
+        "compared": int(table.sum()),
+        "right": right,
+        "renamed": renamed,
+        "shift": common_shift(names),
         "found": found_share(out.boxes[-1], truth, [(1, 1)] * len(truth)),
         "found_padded": found_share(out.boxes[-1], truth, padded_by_own(held.samples)),
         "half": int(out.boxes.dtype == torch.float16),
     }
 
+
 def seen_evidence(model: nn.Module, seen: Samples) -> dict[str, Number]:
-    """What the training data say as they are before augmentation, and how well the model knows them."""
+    """What the training data say as they are before augmentation, and how well the
+    model knows them."""
     out, targets = predict_layers(model, seen)
-    size = max((tuple(target.get("size", image.shape[1:])) for image, target in seen.samples), key=math.prod)
-    shares, pixels = lost_areas(torch.cat([target["boxes"] for target in targets]), size, torch.float16)
-    return {**target_evidence(targets), "queries": out.logits.shape[2],
-            "ap_seen": ap_of(out, targets, seen.names, model.postprocess), "lost_shares": shares, "lost_pixels": pixels}
+    size = max(
+        (tuple(target.get("size", image.shape[1:])) for image, target in seen.samples),
+        key=math.prod,
+    )
+    shares, pixels = lost_areas(
+        torch.cat([target["boxes"] for target in targets]), size, torch.float16
+    )
+    return {
+        **target_evidence(targets),
+        "queries": out.logits.shape[2],
+        "ap_seen": ap_of(out, targets, seen.names, model.postprocess),
+        "lost_shares": shares,
+        "lost_pixels": pixels,
+    }
+
 
 def fresh_model(config: TrainConfig, num_classes: int) -> nn.Module:
     """The model as it was before training; the global generator is left as it is."""
@@ -385,8 +537,12 @@ def fresh_model(config: TrainConfig, num_classes: int) -> nn.Module:
         torch.manual_seed(config.seed)
         return config.model.build(num_classes)
 
-def examine(run: Run, train: Dataset | None = None, val: Dataset | None = None, images: int = 64) -> dict[str, Number]:
-    """Measure everything that `findings` asks for: the run's log, its weights, its targets, and a few batches.
+
+def examine(
+    run: Run, train: Dataset | None = None, val: Dataset | None = None, images: int = 64
+) -> dict[str, Number]:
+    """Measure everything that `findings` asks for: the run's log, its weights, its
+    targets, and a few batches.
 
     Args:
         run: a run, finished or not; its model is left as it was.
@@ -403,10 +559,16 @@ def examine(run: Run, train: Dataset | None = None, val: Dataset | None = None, 
     batch = next(iter(train.loader(config.batch_size, config.seed).epoch(0)))
     criterion = build_criterion(config, model)
     return {
-        "images": len(train), "batch": config.batch_size, "steps": run.step,
-        "no_object_weight": config.no_object_weight, "warmup": config.warmup, "clip": config.clip,
-        "AP": run.metrics.get("AP", 0.0), "other_ids": int(train.category_ids != val.category_ids),
-        **log_evidence(run.history), **mode_evidence(model, batch, criterion),
+        "images": len(train),
+        "batch": config.batch_size,
+        "steps": run.step,
+        "no_object_weight": config.no_object_weight,
+        "warmup": config.warmup,
+        "clip": config.clip,
+        "AP": run.metrics.get("AP", 0.0),
+        "other_ids": int(train.category_ids != val.category_ids),
+        **log_evidence(run.history),
+        **mode_evidence(model, batch, criterion),
         **weight_evidence(model, fresh_model(config, len(train.names))),
         **seen_evidence(model, first_samples(train, images)),
         **held_out_evidence(model, first_samples(val, images), criterion),
@@ -415,37 +577,57 @@ def examine(run: Run, train: Dataset | None = None, val: Dataset | None = None, 
 # %% ../nbs/16_clinic.ipynb #16c1003b
 Rule = Callable[[Evidence], Finding | None]
 
+
 def pixels_rule(seen: Evidence) -> Finding | None:
     """Boxes that are no shares of the picture."""
     if seen["largest"] <= 2:
         return None
-    return Finding("boxes in pixels", f"a box of the training targets holds the number {seen['largest']:.0f}; boxes "
-                   "are shares of the picture, at most 1", "divide by the picture's own width and height")
+    return Finding(
+        "boxes in pixels",
+        f"a box of the training targets holds the number {seen['largest']:.0f}; boxes "
+        "are shares of the picture, at most 1",
+        "divide by the picture's own width and height",
+    )
+
 
 def corners_rule(seen: Evidence) -> Finding | None:
     """Corners where centre and size are expected."""
     if seen["largest"] > 2 or seen["outside"] < 0.1 or seen["corners"] < 0.9:
         return None
-    return Finding("boxes as corners", f"read as cxcywh, {seen['outside']:.0%} of the training boxes reach out of the "
-                   f"picture; of these {seen['corners']:.0%} would be proper boxes as xyxy",
-                   "convert them: detr_nb.boxes.xyxy_to_cxcywh")
+    return Finding(
+        "boxes as corners",
+        f"read as cxcywh, {seen['outside']:.0%} of the training boxes reach out of the "
+        f"picture; of these {seen['corners']:.0%} would be proper boxes as xyxy",
+        "convert them: detr_nb.boxes.xyxy_to_cxcywh",
+    )
+
 
 def half_rule(seen: Evidence) -> Finding | None:
     """Areas that half precision cannot hold."""
     lost = max(seen["lost_shares"], seen["lost_pixels"])
     if not seen["half"] or lost < 0.01:
         return None
-    return Finding("half precision", f"boxes leave the model in float16, in which {lost:.0%} of the areas of the "
-                   "targets, in pixels or as shares, are wrong by more than a hundredth or infinite",
-                   "compute costs and losses in float32 (ours are), or use bfloat16")
+    return Finding(
+        "half precision",
+        f"boxes leave the model in float16, in which {lost:.0%} of the areas of the"
+        " targets, in pixels or as shares, are wrong by more than a hundredth or"
+        " infinite",
+        "compute costs and losses in float32 (ours are), or use bfloat16",
+    )
+
 
 def other_ids_rule(seen: Evidence) -> Finding | None:
     """Two tables of raw ids for the same classes."""
     if not seen["other_ids"] or seen["ap_held"] < seen["AP"] + 0.05:
         return None
-    return Finding("evaluated on other ids", "training and held-out data give the same class names different raw "
-                   f"ids; AP is {seen['AP']:.3f}, and {seen['ap_held']:.3f} if classes are compared by their place",
-                   "give both datasets one table of category ids")
+    return Finding(
+        "evaluated on other ids",
+        "training and held-out data give the same class names different raw ids; AP is"
+        f" {seen['AP']:.3f}, and {seen['ap_held']:.3f} if classes are compared by their"
+        " place",
+        "give both datasets one table of category ids",
+    )
+
 
 def renamed_rule(seen: Evidence) -> Finding | None:
     """Classes that answer to each other's names."""
@@ -453,73 +635,112 @@ def renamed_rule(seen: Evidence) -> Finding | None:
         return None
     if seen["shift"]:
         how = f"class k is called k + {seen['shift']:.0f}"
-        return Finding("class ids off by one", f"boxes lie right, but {how}: {seen['right']:.0%} of the classes are "
-                       f"right as they stand, and {seen['renamed']:.0%} after that shift",
-                       "let ids begin at 0 in both datasets; num_classes does not count no-object")
-    return Finding("classes in another order", f"{seen['right']:.0%} of the classes are right as they stand, and "
-                   f"{seen['renamed']:.0%} after renaming", "give both datasets one list of names, in one order")
+        return Finding(
+            "class ids off by one",
+            f"boxes lie right, but {how}: {seen['right']:.0%} of the classes are "
+            f"right as they stand, and {seen['renamed']:.0%} after that shift",
+            "let ids begin at 0 in both datasets; num_classes does not count no-object",
+        )
+    return Finding(
+        "classes in another order",
+        f"{seen['right']:.0%} of the classes are right as they stand, and "
+        f"{seen['renamed']:.0%} after renaming",
+        "give both datasets one list of names, in one order",
+    )
+
 
 def padded_rule(seen: Evidence) -> Finding | None:
     """Boxes that fit the padded picture, not the picture."""
     if seen["found_padded"] < max(0.3, 1.25 * seen["found"]):
         return None
-    return Finding("boxes normalised by the padded size", f"the boxes cover {seen['found']:.0%} of the held-out "
-                   f"objects, and {seen['found_padded']:.0%} if they are read as shares of the padded picture",
-                   "normalise by the picture's own size, after resizing and before padding")
+    return Finding(
+        "boxes normalised by the padded size",
+        f"the boxes cover {seen['found']:.0%} of the held-out objects, and"
+        f" {seen['found_padded']:.0%} if they are read as shares of the padded picture",
+        "normalise by the picture's own size, after resizing and before padding",
+    )
 
 # %% ../nbs/16_clinic.ipynb #16c1003c
-GROWN = 3  # a healthy training of our recipe makes the norm of a matrix grow by a tenth or so
+# a healthy training of our recipe makes the norm of a matrix grow by a tenth or so
+GROWN = 3
+
 
 def mask_rule(seen: Evidence) -> Finding | None:
     """Answers that do not care whether padding is called padding."""
     if seen["mask_felt"] > 0 or seen["largest"] > 2:
         return None
-    return Finding("padding mask forgotten", "the answers are the same whether padding is called padding or picture, "
-                   f"and boxes move by {seen['padding']:.2f} of a picture that shares its batch with a larger one",
-                   "pass the mask to the model, and let the model hand it on: model(images, pad)")
+    return Finding(
+        "padding mask forgotten",
+        "the answers are the same whether padding is called padding or picture, and"
+        f" boxes move by {seen['padding']:.2f} of a picture that shares its batch with"
+        " a larger one",
+        "pass the mask to the model, and let the model hand it on: model(images, pad)",
+    )
+
 
 def alike_rule(seen: Evidence) -> Finding | None:
     """One answer for all queries."""
     if seen["among_queries"] > 1e-6:
         return None
-    return Finding("all queries alike", f"box numbers differ by {seen['among_queries']:.0e} among the "
-                   f"{seen['queries']:.0f} queries of an image", "give every query its own learned vector, add it in "
-                   "every decoder layer, and do not start the vectors at one value")
+    return Finding(
+        "all queries alike",
+        f"box numbers differ by {seen['among_queries']:.0e} among the "
+        f"{seen['queries']:.0f} queries of an image",
+        "give every query its own learned vector, add it in "
+        "every decoder layer, and do not start the vectors at one value",
+    )
+
 
 def frozen_rule(seen: Evidence) -> Finding | None:
     """Weights that never moved."""
     if seen["still"] < 0.5:
         return None
-    return Finding("frozen", f"{seen['still']:.0%} of the weights outside the backbone are exactly as at the start, "
-                   f"and {seen['still_backbone']:.0%} of those inside",
-                   "look at requires_grad, and at whether the optimiser got all parameters")
+    return Finding(
+        "frozen",
+        f"{seen['still']:.0%} of the weights outside the backbone are exactly as at the"
+        f" start, and {seen['still_backbone']:.0%} of those inside",
+        "look at requires_grad, and at whether the optimiser got all parameters",
+    )
+
 
 def rate_rule(seen: Evidence) -> Finding | None:
     """Weights that ran away."""
     if seen["growth"] < GROWN:
         return None
-    return Finding("learning rate too high", f"the norm of a matrix has grown by a factor of {seen['growth']:.1f}, "
-                   f"and the loss went from {seen['loss_first']:.1f} to {seen['loss_last']:.1f}",
-                   "divide all rates by ten and train again from the start")
+    return Finding(
+        "learning rate too high",
+        f"the norm of a matrix has grown by a factor of {seen['growth']:.1f}, "
+        f"and the loss went from {seen['loss_first']:.1f} to {seen['loss_last']:.1f}",
+        "divide all rates by ten and train again from the start",
+    )
+
 
 def norm_rule(seen: Evidence) -> Finding | None:
     """A model that is another one in evaluation."""
     gap = abs(seen["loss_as_trained"] - seen["loss_as_used"]) / seen["loss_as_used"]
     if seen["batch"] > 4 or gap < 0.1:
         return None
-    return Finding("batch norm with tiny batches", f"the loss of a batch of {seen['batch']:.0f} is "
-                   f"{seen['loss_as_trained']:.2f} with the batch's own means and {seen['loss_as_used']:.2f} with the "
-                   "running means", "take larger batches, or freeze batch norm (as the paper does)")
+    return Finding(
+        "batch norm with tiny batches",
+        f"the loss of a batch of {seen['batch']:.0f} is {seen['loss_as_trained']:.2f}"
+        f" with the batch's own means and {seen['loss_as_used']:.2f} with the running"
+        " means",
+        "take larger batches, or freeze batch norm (as the paper does)",
+    )
 
 # %% ../nbs/16_clinic.ipynb #16c1003d
 def start_rule(seen: Evidence) -> Finding | None:
     """A start that did harm."""
     if (seen["warmup"] > 0 and seen["clip"] <= 1) or seen["ap_seen"] > 0.05:
         return None
-    return Finding("no warm-up, no clipping", f"warm-up is {seen['warmup']}, the gradient is clipped at "
-                   f"{seen['clip']:g}, and the answers for {seen['images']:.0f} images learned nothing of the picture "
-                   f"(they differ by {seen['among_images']:.3f} among images)",
-                   "start with a few per cent of rising rate, and clip the gradient at 0.1")
+    return Finding(
+        "no warm-up, no clipping",
+        f"warm-up is {seen['warmup']}, the gradient is clipped at {seen['clip']:g}, and"
+        f" the answers for {seen['images']:.0f} images learned nothing of the picture"
+        f" (they differ by {seen['among_images']:.3f} among images)",
+        "start with a few per cent of rising rate, and clip the gradient at 0.1",
+    )
+
 
 def silence_rule(seen: Evidence) -> Finding | None:
     """A model for which saying nothing is best."""
@@ -527,33 +748,59 @@ def silence_rule(seen: Evidence) -> Finding | None:
     share = idle / (idle + seen["objects"])
     if share < 0.85 or seen["answers"] > 0.5 * seen["objects"]:
         return None
-    return Finding("no-object weighs too much", f"{share:.0%} of the classification loss belongs to queries without "
-                   f"an object, and {seen['answers']:.1f} queries an image answer where there are "
-                   f"{seen['objects']:.1f} objects",
-                   "lower no_object_weight (0.1 with a hundred queries), or take fewer queries")
+    return Finding(
+        "no-object weighs too much",
+        f"{share:.0%} of the classification loss belongs to queries without "
+        f"an object, and {seen['answers']:.1f} queries an image answer where there are "
+        f"{seen['objects']:.1f} objects",
+        "lower no_object_weight (0.1 with a hundred queries), or take fewer queries",
+    )
+
 
 def few_rule(seen: Evidence) -> Finding | None:
     """A model that knows its images by heart."""
     times = seen["steps"] * seen["batch"] / seen["images"]
     if times < 20 or seen["ap_seen"] < max(0.1, 2 * seen["ap_held"]):
         return None
-    return Finding("too few images", f"AP is {seen['ap_seen']:.2f} on images that it learned from and "
-                   f"{seen['ap_held']:.2f} on others; each of {seen['images']:.0f} images was shown {times:.0f} times",
-                   "collect more, turn and crop them, or start from trained weights")
+    return Finding(
+        "too few images",
+        f"AP is {seen['ap_seen']:.2f} on images that it learned from and"
+        f" {seen['ap_held']:.2f} on others; each of {seen['images']:.0f} images was"
+        f" shown {times:.0f} times",
+        "collect more, turn and crop them, or start from trained weights",
+    )
+
 
 def early_rule(seen: Evidence) -> Finding | None:
     """Nothing but impatience."""
     if seen["AP"] > 0.02 or seen["loss_last"] > 0.98 * seen["loss_first"]:
         return None
-    return Finding("stopped too early", f"after {seen['steps']:.0f} steps the loss still falls, from "
-                   f"{seen['loss_first']:.1f} to {seen['loss_last']:.1f}", "train longer: boxes are learned first, "
-                   "classes after a plateau")
+    return Finding(
+        "stopped too early",
+        f"after {seen['steps']:.0f} steps the loss still falls, from "
+        f"{seen['loss_first']:.1f} to {seen['loss_last']:.1f}",
+        "train longer: boxes are learned first, classes after a plateau",
+    )
 
 # %% ../nbs/16_clinic.ipynb #16c1003e
 RULES: tuple[Rule, ...] = (
-    pixels_rule, corners_rule, half_rule, other_ids_rule, renamed_rule, padded_rule, mask_rule, alike_rule,
-    frozen_rule, rate_rule, norm_rule, start_rule, silence_rule, few_rule, early_rule,
+    pixels_rule,
+    corners_rule,
+    half_rule,
+    other_ids_rule,
+    renamed_rule,
+    padded_rule,
+    mask_rule,
+    alike_rule,
+    frozen_rule,
+    rate_rule,
+    norm_rule,
+    start_rule,
+    silence_rule,
+    few_rule,
+    early_rule,
 )
+
 
 def findings(seen: Evidence) -> list[Finding]:
     """What the evidence points to, the most certain first; nothing for a healthy run.
@@ -563,8 +810,12 @@ def findings(seen: Evidence) -> list[Finding]:
     """
     return [found for rule in RULES if (found := rule(seen))]
 
-def diagnose(run: Run, train: Dataset | None = None, val: Dataset | None = None, images: int = 64) -> list[Finding]:
-    """Name the likely causes of a bad run, the most certain first; nothing for a healthy one.
+
+def diagnose(
+    run: Run, train: Dataset | None = None, val: Dataset | None = None, images: int = 64
+) -> list[Finding]:
+    """Name the likely causes of a bad run, the most certain first; nothing for a
+    healthy one.
 
     Args:
         run: a run, finished or not; its model is left as it was.
@@ -574,14 +825,23 @@ def diagnose(run: Run, train: Dataset | None = None, val: Dataset | None = None,
     """
     return findings(examine(run, train, val, images))
 
+
 def prescription(found: Sequence[Finding]) -> str:
     """Findings as lines for people."""
     if not found:
-        return "nothing was found: look at some pictures with their boxes, as chapter 05 does"
-    return "\n".join(f"- {name}: {evidence}. What to do: {remedy}" for name, evidence, remedy in found)
+        return (
+            "nothing was found: look at some pictures with their boxes, as chapter 05"
+            " does"
+        )
+    return "\n".join(
+        f"- {name}: {evidence}. What to do: {remedy}"
+        for name, evidence, remedy in found
+    )
+
 
 class Attendant:
-    """A watcher for `fit`: says once, from the middle of a run on, why AP is still zero.
+    """A watcher for `fit`: says once, from the middle of a run on, why AP is still
+    zero.
 
     Args:
         show: takes the text.
@@ -595,14 +855,20 @@ class Attendant:
         ap = run.history[-1].get("metrics", {}).get("AP", 1.0)
         if ap < 0.01 and run.progress >= 0.5 and not self.told:
             self.told = True
-            self.show(f"step {run.step}: AP is {ap:.3f}. Likely causes:\n{self.examined(run)}")
+            self.show(
+                f"step {run.step}: AP is {ap:.3f}. Likely causes:\n{self.examined(run)}"
+            )
 
     def examined(self, run: Run) -> str:
-        """The findings as text. An examination that fails says so, and must not end the training that it looks at."""
+        """The findings as text. An examination that fails says so, and must not end the
+        training that it looks at."""
         try:
             return prescription(diagnose(run))
         except Exception as error:  # data that are gone, a model of another kind
-            return f"- unknown: the run could not be examined ({type(error).__name__}: {error})"
+            return (
+                f"- unknown: the run could not be examined ({type(error).__name__}:"
+                f" {error})"
+            )
 
 # %% ../nbs/16_clinic.ipynb #16c10040
 @dataclass(frozen=True)
@@ -619,13 +885,17 @@ class Damaged(ShapesData):
         train.targets = [self.damage(target) for target in train.targets]
         return train, held_out
 
+
 @dataclass(frozen=True)
 class OffByOne(Damaged):
     """Labels are one too high; the last class gets the number of the first."""
 
     def damage(self, target: Target) -> Target:
         """The next class."""
-        return Target(**{**target, "labels": (target["labels"] + 1) % self.scenes.classes})
+        return Target(
+            **{**target, "labels": (target["labels"] + 1) % self.scenes.classes}
+        )
+
 
 @dataclass(frozen=True)
 class Corners(Damaged):
@@ -635,6 +905,7 @@ class Corners(Damaged):
         """xyxy instead of cxcywh."""
         return Target(**{**target, "boxes": cxcywh_to_xyxy(target["boxes"])})
 
+
 @dataclass(frozen=True)
 class Pixels(Damaged):
     """Boxes are in pixels."""
@@ -642,6 +913,7 @@ class Pixels(Damaged):
     def damage(self, target: Target) -> Target:
         """Pixels instead of shares."""
         return Target(**{**target, "boxes": target["boxes"] * self.scenes.size})
+
 
 @dataclass(frozen=True)
 class OtherIds(ShapesData):
@@ -653,19 +925,24 @@ class OtherIds(ShapesData):
         held_out.category_ids = [number - 1 for number in train.category_ids]
         return train, held_out
 
+
 @dataclass(frozen=True)
 class Thumbnails(ShapesData):
-    """Scenes that pass for small copies of photographs of 2048 x 2048 pixels, in which results are reported."""
+    """Scenes that pass for small copies of photographs of 2048 x 2048 pixels, in which
+    results are reported."""
 
     def load(self) -> tuple[MemoryDataset, MemoryDataset]:
         """Both series with the size of the photographs."""
         for series in (both := super().load()):
-            series.targets = [Target(**{**target, "size": (2048, 2048)}) for target in series.targets]
+            series.targets = [
+                Target(**{**target, "size": (2048, 2048)}) for target in series.targets
+            ]
         return both
 
 # %% ../nbs/16_clinic.ipynb #16c10041
 class StaleBoxes:
-    """A transform that makes boxes shares of the padded picture, `side` pixels wide and high.
+    """A transform that makes boxes shares of the padded picture, `side` pixels wide and
+    high.
 
     Args:
         side: of the padded picture.
@@ -680,6 +957,7 @@ class StaleBoxes:
         factor = torch.tensor([width, height, width, height]) / self.side
         boxes = tv_tensors.wrap(sample["boxes"] * factor, like=sample["boxes"])
         return {**sample, "boxes": boxes}
+
 
 @dataclass(frozen=True)
 class ManySizes(ShapesData):
@@ -710,6 +988,7 @@ class AllAlike(TinyModel):
         model.queries = OneVector(self.num_queries, self.hidden_dim)
         return model
 
+
 @dataclass(frozen=True)
 class Frozen(TinyModel):
     """The small model in which nothing but the head may learn."""
@@ -721,6 +1000,7 @@ class Frozen(TinyModel):
         model.head.requires_grad_(True)
         return model
 
+
 @dataclass(frozen=True)
 class NoMask(TinyModel):
     """The small model whose padding mask was forgotten."""
@@ -731,9 +1011,12 @@ class NoMask(TinyModel):
         model.memory = Maskless(model.memory)
         return model
 
+
 def half_boxes(model: nn.Module, inputs: tuple, out: Output) -> Output:
-    """Round the boxes of an answer to float16, as they leave a head under autocast: a forward hook."""
+    """Round the boxes of an answer to float16, as they leave a head under autocast: a
+    forward hook."""
     return out._replace(boxes=out.boxes.half())
+
 
 @dataclass(frozen=True)
 class HalfBoxes(TinyModel):
@@ -745,6 +1028,7 @@ class HalfBoxes(TinyModel):
         model.register_forward_hook(half_boxes)
         return model
 
+
 @dataclass(frozen=True)
 class CarriedModel(ModelConfig):
     """The trained model that the package carries, ready to learn on."""
@@ -754,29 +1038,65 @@ class CarriedModel(ModelConfig):
         return detr_tiny(pretrained=True).train()
 
 # %% ../nbs/16_clinic.ipynb #16c10043
-DRAWN = {"scenes": EASY, "train_images": 8192, "val_images": 200, "cache": ".cache/scenes"}
-BASE = TrainConfig(data=ShapesData(**DRAWN), steps=400, evaluations=2, log_every=20, bf16=True, progress=False)
-SIX_LAYERS = replace(BASE, model=TinyModel(pre_norm=False, dec_layers=6), lr_muon=0, lr=1e-3, lr_backbone=1e-3,
-                     beta2=0.999)
-TRAINED_ON = replace(BASE, data=ShapesData(DEFAULT, 2048, 200, ".cache/scenes"), model=CarriedModel(), batch_size=16,
-                     steps=40, lr=3e-4, lr_backbone=3e-4, lr_muon=1e-3, weight_ce=0.5, scales=())
+DRAWN = {
+    "scenes": EASY,
+    "train_images": 8192,
+    "val_images": 200,
+    "cache": ".cache/scenes",
+}
+BASE = TrainConfig(
+    data=ShapesData(**DRAWN),
+    steps=400,
+    evaluations=2,
+    log_every=20,
+    bf16=True,
+    progress=False,
+)
+SIX_LAYERS = replace(
+    BASE,
+    model=TinyModel(pre_norm=False, dec_layers=6),
+    lr_muon=0,
+    lr=1e-3,
+    lr_backbone=1e-3,
+    beta2=0.999,
+)
+TRAINED_ON = replace(
+    BASE,
+    data=ShapesData(DEFAULT, 2048, 200, ".cache/scenes"),
+    model=CarriedModel(),
+    batch_size=16,
+    steps=40,
+    lr=3e-4,
+    lr_backbone=3e-4,
+    lr_muon=1e-3,
+    weight_ce=0.5,
+    scales=(),
+)
 PATIENTS = {
     "healthy": BASE,
     "class ids off by one": replace(BASE, data=OffByOne(**DRAWN)),
     "boxes as corners": replace(BASE, data=Corners(**DRAWN)),
     "boxes in pixels": replace(BASE, data=Pixels(**DRAWN)),
     "healthy, pictures of many sizes": replace(BASE, data=ManySizes(**DRAWN)),
-    "boxes normalised by the padded size": replace(BASE, data=ManySizes(**DRAWN, stale=True)),
+    "boxes normalised by the padded size": replace(
+        BASE, data=ManySizes(**DRAWN, stale=True)
+    ),
     "padding mask forgotten": replace(BASE, data=ManySizes(**DRAWN), model=NoMask()),
-    "no-object weighs too much": replace(BASE, model=TinyModel(num_queries=100), no_object_weight=1.0, weight_ce=1),
-    "learning rate too high": replace(BASE, lr=1.5e-2, lr_backbone=1.5e-2, lr_muon=5e-2),
+    "no-object weighs too much": replace(
+        BASE, model=TinyModel(num_queries=100), no_object_weight=1.0, weight_ce=1
+    ),
+    "learning rate too high": replace(
+        BASE, lr=1.5e-2, lr_backbone=1.5e-2, lr_muon=5e-2
+    ),
     "stopped too early, six layers with AdamW": SIX_LAYERS,
     "no warm-up, no clipping": replace(SIX_LAYERS, warmup=0, clip=1e9),
     "frozen": replace(BASE, model=Frozen()),
     "healthy, trained on": TRAINED_ON,
     "batch norm with tiny batches": replace(TRAINED_ON, batch_size=1, steps=300),
     "all queries alike": replace(BASE, model=AllAlike()),
-    "half precision": replace(BASE, data=Thumbnails(**DRAWN), model=HalfBoxes(), bf16=False),
+    "half precision": replace(
+        BASE, data=Thumbnails(**DRAWN), model=HalfBoxes(), bf16=False
+    ),
     "evaluated on other ids": replace(BASE, data=OtherIds(**DRAWN)),
     "too few images": replace(BASE, data=ShapesData(**{**DRAWN, "train_images": 40})),
     "stopped too early": replace(BASE, steps=60, evaluations=1),

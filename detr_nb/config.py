@@ -33,9 +33,11 @@ from .notation import Number
 # %% ../nbs/80_config.ipynb #80c0000a
 @dataclass(frozen=True)
 class Within:
-    """A range for the number in `Annotated[int, Within(...)]` or `Annotated[Number, Within(...)]`.
+    """A range for the number in `Annotated[int, Within(...)]` or `Annotated[Number,
+    Within(...)]`.
 
-    It is no `pydantic.Field`, which jsonargparse would check a second time, in other words and without the other end.
+    It is no `pydantic.Field`, which jsonargparse would check a second time, in other
+    words and without the other end.
 
     Args:
         least: the lower end.
@@ -54,8 +56,13 @@ class Within:
         return low and (value < self.most if self.below else value <= self.most)
 
     def __str__(self) -> str:
-        low, high = "above" if self.above else "of at least", "below" if self.below else "at most"
-        return f"{low} {self.least}" + (f" and {high} {self.most}" if self.most < inf else "")
+        low, high = (
+            "above" if self.above else "of at least",
+            ("below" if self.below else "at most"),
+        )
+        return f"{low} {self.least}" + (
+            f" and {high} {self.most}" if self.most < inf else ""
+        )
 
     def check(self, value: object, whole: bool) -> Number:
         """Return the value.
@@ -67,13 +74,19 @@ class Within:
         Raises:
             ValueError: if it is no number, or outside; it says what is allowed.
         """
-        number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        number = isinstance(value, int if whole else int | float) and not isinstance(
+            value, bool
+        )
         if not number or value not in self:
             raise ValueError(f"it must be a {'whole ' * whole}number {self}")
         return value
 
-    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(partial(self.check, whole=source is int))
+    def __get_pydantic_core_schema__(
+        self, source: object, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            partial(self.check, whole=source is int)
+        )
 
 # %% ../nbs/80_config.ipynb #80c0000d
 Count = Annotated[int, Within(1, 10**9)]  # images, steps
@@ -84,7 +97,8 @@ Layers = Annotated[int, Within(0, 100)]
 Depth = Annotated[int, Within(1, 100)]  # layers, of which there must be one
 QueryCount = Annotated[int, Within(1, 10**5)]
 Share = Annotated[Number, Within(0, 1)]
-Fraction = Annotated[Number, Within(0, 1, below=True)]  # what is dropped or kept: never all
+# what is dropped or kept: never all
+Fraction = Annotated[Number, Within(0, 1, below=True)]
 Scale = Annotated[Number, Within(0, 1, above=True)]
 Rate = Annotated[Number, Within(0, inf, below=True)]
 Positive = Annotated[Number, Within(0, inf, above=True, below=True)]
@@ -110,10 +124,14 @@ class ConfigError(ValueError):
 # %% ../nbs/80_config.ipynb #80c00012
 @cache
 def validators(kind: type["Config"]) -> dict[str, TypeAdapter]:
-    """What checks the value of each field of a class, in a tuple of one, and makes tuples of lists."""
+    """What checks the value of each field of a class, in a tuple of one, and makes
+    tuples of lists."""
     hints = get_type_hints(kind, include_extras=True)
     kept = ConfigDict(arbitrary_types_allowed=True)
-    return {part.name: TypeAdapter(tuple[hints[part.name]], config=kept) for part in fields(kind)}
+    return {
+        part.name: TypeAdapter(tuple[hints[part.name]], config=kept)
+        for part in fields(kind)
+    }
 
 
 def checked(kind: type["Config"], name: str, value: object) -> object:
@@ -133,32 +151,55 @@ def refusal(error: ValidationError, name: str) -> ConfigError:
     found = error.errors(include_url=False)
     place = name + "".join(f"[{i}]" for i in found[0]["loc"][1:] if isinstance(i, int))
     causes = [one.get("ctx", {}).get("error") for one in found]
-    if inner := next((cause for cause in causes if isinstance(cause, ConfigError)), None):
+    if inner := next(
+        (cause for cause in causes if isinstance(cause, ConfigError)), None
+    ):
         return inner.inside(place)
-    allowed = [one["msg"].removeprefix("Value error, ").replace("Input should", "it must") for one in found]
-    return ConfigError(place, f"is {found[0]['input']!r}: {', or '.join(dict.fromkeys(allowed))}")
+    allowed = [
+        one["msg"].removeprefix("Value error, ").replace("Input should", "it must")
+        for one in found
+    ]
+    return ConfigError(
+        place, f"is {found[0]['input']!r}: {', or '.join(dict.fromkeys(allowed))}"
+    )
 
 # %% ../nbs/80_config.ipynb #80c00014
 KINDS: dict[str, type["Config"]] = {}  # by name, and by names that a class had before
-HOMES = {  # kinds of the library, and the modules that define them; imported when one is asked for
-    **dict.fromkeys(("DETRConfig", "ResNetConfig", "ResNetModel", "TinyConfig", "TinyModel"), "detr_nb.model"),
-    **dict.fromkeys(("CocoData", "ShapesData", "VocData", "YoloData"), "detr_nb.training"),
+# kinds of the library, and the modules that define them; imported when one is asked for
+HOMES = {
+    **dict.fromkeys(
+        ("DETRConfig", "ResNetConfig", "ResNetModel", "TinyConfig", "TinyModel"),
+        "detr_nb.model",
+    ),
+    **dict.fromkeys(
+        ("CocoData", "ShapesData", "VocData", "YoloData"), "detr_nb.training"
+    ),
     "FineTuned": "detr_nb.cli",
 }
 
 
 def complete(kind: type["Config"]) -> bool:
-    """Whether objects of a class can be made: it is a dataclass, and no method is left open."""
+    """Whether objects of a class can be made: it is a dataclass, and no method is left
+    open."""
     return "__dataclass_fields__" in vars(kind) and not isabstract(kind)
 
 
 def known_kinds(base: type["Config"]) -> dict[str, type["Config"]]:
-    """The classes that people choose from for a field of the class `base`; those of the library are imported for it."""
+    """The classes that people choose from for a field of the class `base`; those of the
+    library are imported for it."""
     for home in dict.fromkeys(HOMES.values()):
         import_module(home)
-    found = {name: kind for name, kind in KINDS.items() if issubclass(kind, base) and complete(kind)}
-    return {name: kind for name, kind in found.items()
-            if name == kind.__name__ and (name in HOMES or not kind.__module__.startswith("detr_nb."))}
+    found = {
+        name: kind
+        for name, kind in KINDS.items()
+        if issubclass(kind, base) and complete(kind)
+    }
+    return {
+        name: kind
+        for name, kind in found.items()
+        if name == kind.__name__
+        and (name in HOMES or not kind.__module__.startswith("detr_nb."))
+    }
 
 
 def address(kind: type["Config"]) -> str:
@@ -170,7 +211,8 @@ def find_kind(word: str, base: type["Config"]) -> type["Config"]:
     """The class that a word means: its name, or its module and name.
 
     Args:
-        word: such as TinyConfig, or detr_nb.model.TinyConfig; the module must have been imported.
+        word: such as TinyConfig, or detr_nb.model.TinyConfig; the module must have been
+            imported.
         base: what it must be a kind of.
 
     Raises:
@@ -180,34 +222,55 @@ def find_kind(word: str, base: type["Config"]) -> type["Config"]:
     if name in HOMES and name not in KINDS:
         import_module(HOMES[name])
     found = KINDS.get(name)
-    if home and name not in HOMES and (found is None or address(found) != word):  # two classes of one name
+    # two classes of one name
+    if home and name not in HOMES and (found is None or address(found) != word):
         found = getattr(sys.modules.get(home), name, None)
     if not isinstance(found, type) or not issubclass(found, base):
-        raise ConfigError("kind", f"is {word!r}: it must be one of {', '.join(sorted(known_kinds(base)))}, or a class "
-                          "of your own whose module is imported first")
+        raise ConfigError(
+            "kind",
+            f"is {word!r}: it must be one of {', '.join(sorted(known_kinds(base)))}, or"
+            " a class of your own whose module is imported first",
+        )
     if home and address(found) != word and HOMES.get(name, home) != home:
-        warnings.warn(f"{word} has moved to {HOMES[name]}: write {name}", FutureWarning, stacklevel=2)
+        warnings.warn(
+            f"{word} has moved to {HOMES[name]}: write {name}",
+            FutureWarning,
+            stacklevel=2,
+        )
     return found
 
 # %% ../nbs/80_config.ipynb #80c00016
 class Config(ABC):  # noqa: B024 - its kinds have abstract methods of their own
-    """Base of all configurations: subclasses are frozen dataclasses, and each value is checked when one is made.
+    """Base of all configurations: subclasses are frozen dataclasses, and each value is
+    checked when one is made.
 
     A class keyword `former` gives names under which files knew the class before.
     """
 
     def __init_subclass__(cls, former: Sequence[str] = (), **options: object) -> None:
         super().__init_subclass__(**options)
-        own = cls.__module__ == "__main__"  # a class of this program or notebook stays, whatever is imported later
-        KINDS.update({name: cls for name in (cls.__name__, *former)
-                      if own or name not in KINDS or KINDS[name].__module__ != "__main__"})
+        # a class of this program or notebook stays, whatever is imported later
+        own = cls.__module__ == "__main__"
+        KINDS.update(
+            {
+                name: cls
+                for name in (cls.__name__, *former)
+                if own or name not in KINDS or KINDS[name].__module__ != "__main__"
+            }
+        )
 
     def __post_init__(self) -> None:
         for part in fields(self):
-            object.__setattr__(self, part.name, checked(type(self), part.name, getattr(self, part.name)))
+            object.__setattr__(
+                self,
+                part.name,
+                checked(type(self), part.name, getattr(self, part.name)),
+            )
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(
+        cls, source: object, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(cls.take)
 
     @classmethod
@@ -220,7 +283,9 @@ class Config(ABC):  # noqa: B024 - its kinds have abstract methods of their own
         if isinstance(value, Mapping):
             return cls.read(value)
         if not isinstance(value, cls):
-            raise ValueError(f"it must be a {cls.__name__}, or a dictionary that describes one")
+            raise ValueError(
+                f"it must be a {cls.__name__}, or a dictionary that describes one"
+            )
         return value
 
     @classmethod
@@ -228,8 +293,9 @@ class Config(ABC):  # noqa: B024 - its kinds have abstract methods of their own
         """Make a configuration of plain values, as JSON and YAML have them.
 
         Args:
-            words: a value for each field; `kind` names the class, if it is not this one. What has a default may be
-                left out, also inside a nested configuration of the same class as the default.
+            words: a value for each field; `kind` names the class, if it is not this
+                one. What has a default may be left out, also inside a nested
+                configuration of the same class as the default.
 
         Raises:
             ConfigError: naming the first field that is unknown, missing or wrong.
@@ -237,15 +303,32 @@ class Config(ABC):  # noqa: B024 - its kinds have abstract methods of their own
         words = dict(words)
         kind = find_kind(str(words.pop("kind", cls.__name__)), cls)
         if not complete(kind):
-            raise ConfigError("kind", f"is missing: it must be one of {', '.join(sorted(known_kinds(cls)))}")
+            raise ConfigError(
+                "kind",
+                f"is missing: it must be one of {', '.join(sorted(known_kinds(cls)))}",
+            )
         known = {part.name: part for part in fields(kind) if part.init}
         if unknown := next((name for name in words if name not in known), None):
-            raise ConfigError(unknown, f"is unknown: {kind.__name__} has {', '.join(known) or 'no fields'}")
+            raise ConfigError(
+                unknown,
+                f"is unknown: {kind.__name__} has {', '.join(known) or 'no fields'}",
+            )
         for name, part in known.items():
-            if name not in words and part.default is MISSING and part.default_factory is MISSING:
-                raise ConfigError(name, f"is missing: {kind.__name__} has no default for it")
-        told = {name: over_default(value, known[name], kind) for name, value in words.items()}
-        return kind(**{name: checked(kind, name, value) for name, value in told.items()})
+            if (
+                name not in words
+                and part.default is MISSING
+                and part.default_factory is MISSING
+            ):
+                raise ConfigError(
+                    name, f"is missing: {kind.__name__} has no default for it"
+                )
+        told = {
+            name: over_default(value, known[name], kind)
+            for name, value in words.items()
+        }
+        return kind(
+            **{name: checked(kind, name, value) for name, value in told.items()}
+        )
 
     def plain(self) -> dict[str, object]:
         """The configuration as plain values, from which `read` makes an equal one.
@@ -262,36 +345,47 @@ class Config(ABC):  # noqa: B024 - its kinds have abstract methods of their own
         return words
 
     def flat(self) -> dict[str, object]:
-        """Every value by its dotted name; a nested configuration gives its kind under its own name."""
+        """Every value by its dotted name; a nested configuration gives its kind under
+        its own name."""
         found = {}
         for part in fields(self):
             value = getattr(self, part.name)
             if isinstance(value, Config):
                 found |= {part.name: type(value).__name__}
-                found |= {f"{part.name}.{name}": inner for name, inner in value.flat().items()}
+                found |= {
+                    f"{part.name}.{name}": inner for name, inner in value.flat().items()
+                }
             else:
                 found[part.name] = value
         return found
 
 
 def over_default(value: object, part: Field, kind: type[Config]) -> object:
-    """The words of a nested configuration over those of the default, if they are of the class of the default.
+    """The words of a nested configuration over those of the default, if they are of the
+    class of the default.
 
     Args:
         value: the words, or any other value, which is returned.
         part: the field of `kind` that it is for.
         kind: the class.
     """
-    default = part.default if part.default_factory is MISSING else part.default_factory()
+    default = (
+        part.default if part.default_factory is MISSING else part.default_factory()
+    )
     if not isinstance(value, Mapping) or not isinstance(default, Config):
         return value
     own, said = type(default), get_type_hints(kind)[part.name]
-    same = value["kind"] in (own.__name__, address(own)) if "kind" in value else said is own
+    same = (
+        value["kind"] in (own.__name__, address(own))
+        if "kind" in value
+        else said is own
+    )
     return {**default.plain(), **value} if same else value
 
 
 def kind_word(kind: type[Config]) -> str:
-    """The word from which `find_kind` finds a class: its name if the library or this program knows it by that."""
+    """The word from which `find_kind` finds a class: its name if the library or this
+    program knows it by that."""
     own = HOMES.get(kind.__name__) == kind.__module__ or kind.__module__ == "__main__"
     return kind.__name__ if own else address(kind)
 
@@ -305,7 +399,9 @@ def plain_value(value: object, name: str) -> object:
     if isinstance(value, Config):
         return value.plain()
     if isinstance(value, tuple | list):
-        return [plain_value(part, f"{name}[{place}]") for place, part in enumerate(value)]
+        return [
+            plain_value(part, f"{name}[{place}]") for place, part in enumerate(value)
+        ]
     if isinstance(value, Path):
         return str(value)
     if value is None or isinstance(value, bool | int | float | str):
@@ -327,7 +423,8 @@ class ModelConfig(Config):
         """Return the model as it is before training."""
 
     def architecture(self) -> "ModelConfig":
-        """The same without what only says how the weights start, such as where they are fetched."""
+        """The same without what only says how the weights start, such as where they are
+        fetched."""
         return self
 
     def bound(self) -> dict[str, object]:
@@ -337,7 +434,8 @@ class ModelConfig(Config):
 
 # %% ../nbs/80_config.ipynb #80c00021
 def meet_kinds(words: object) -> object:
-    """Import what plain words name, and turn the `class_path` of a class of the library into its present address."""
+    """Import what plain words name, and turn the `class_path` of a class of the library
+    into its present address."""
     if isinstance(words, list):
         return [meet_kinds(part) for part in words]
     if isinstance(words, dict):
@@ -366,8 +464,14 @@ def options_parser(kind: type[Config], skip: Sequence[str] = ()) -> ArgumentPars
         kind: the dataclass; its docstring becomes the help.
         skip: fields that get no flag.
     """
-    parser = ArgumentParser(description=kind.__doc__.split("Args:")[0], parser_mode=WORDS_MODE)
-    parser.add_argument("--config", action="config", help="a YAML file with any of these options; later flags win")
+    parser = ArgumentParser(
+        description=kind.__doc__.split("Args:")[0], parser_mode=WORDS_MODE
+    )
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="a YAML file with any of these options; later flags win",
+    )
     parser.add_class_arguments(kind, skip=set(skip))
     return parser
 
@@ -380,7 +484,9 @@ def from_yaml(words: object) -> object:
         return words
     if "class_path" in words:
         if beside := sorted(words.keys() - {"class_path", "init_args"}):
-            raise ConfigError(beside[0], "is unknown beside class_path: put it under init_args")
+            raise ConfigError(
+                beside[0], "is unknown beside class_path: put it under init_args"
+            )
         words = {"kind": words["class_path"], **(words.get("init_args") or {})}
     return {name: from_yaml(part) for name, part in words.items()}
 
@@ -392,7 +498,11 @@ def to_yaml(words: object) -> object:
     if not isinstance(words, Mapping):
         return words
     values = {name: to_yaml(part) for name, part in words.items() if name != "kind"}
-    return {"class_path": words["kind"], "init_args": values} if "kind" in words else values
+    return (
+        {"class_path": words["kind"], "init_args": values}
+        if "kind" in words
+        else values
+    )
 
 
 def parse_config(kind: type[Config], words: Sequence[str]) -> Config:
@@ -404,9 +514,12 @@ def parse_config(kind: type[Config], words: Sequence[str]) -> Config:
 
     Raises:
         ConfigError: naming a field whose value is not allowed.
-        SystemExit: if a word is no flag, or its value is of another type; the reason is printed.
+        SystemExit: if a word is no flag, or its value is of another type; the reason is
+            printed.
     """
-    found = from_yaml(options_parser(kind).parse_args(list(words), defaults=False).as_dict())
+    found = from_yaml(
+        options_parser(kind).parse_args(list(words), defaults=False).as_dict()
+    )
     return kind.read({name: value for name, value in found.items() if name != "config"})
 
 
@@ -421,11 +534,15 @@ def text_config(kind: type[Config], text: str) -> Config:
     except yaml.YAMLError as error:
         raise ConfigError("the text", f"is no YAML: {error}") from error
     if not isinstance(words, Mapping):
-        raise ConfigError("the text", f"is {words!r}: it must be lines of names and values")
+        raise ConfigError(
+            "the text", f"is {words!r}: it must be lines of names and values"
+        )
     return kind.read(words)
 
 
 def config_text(config: Config) -> str:
     """The configuration as YAML, which `--config` and `text_config` read."""
-    words = {name: to_yaml(value) for name, value in config.plain().items() if name != "kind"}
+    words = {
+        name: to_yaml(value) for name, value in config.plain().items() if name != "kind"
+    }
     return yaml.safe_dump(words, sort_keys=False, allow_unicode=True)

@@ -42,14 +42,19 @@ from .boxes import cxcywh_to_xyxy, scale_boxes, xywh_to_xyxy, xyxy_to_cxcywh
 from .notation import Number, Target
 
 # %% ../nbs/05_data.ipynb #a93b2816
-def clip_and_normalise(boxes_xyxy: Float[Tensor, "t 4"], size: tuple[int, int]) -> Float[Tensor, "t 4"]:
-    """Corners in pixels to cxcywh in [0, 1], cut at the border of an image of (height, width)."""
+def clip_and_normalise(
+    boxes_xyxy: Float[Tensor, "t 4"], size: tuple[int, int]
+) -> Float[Tensor, "t 4"]:
+    """Corners in pixels to cxcywh in [0, 1], cut at the border of an image of (height,
+    width)."""
     height, width = size
     shares = scale_boxes(boxes_xyxy, 1 / height, 1 / width).clamp(0, 1)
     return xyxy_to_cxcywh(shares).float()
 
 # %% ../nbs/05_data.ipynb #39a2c866
-PER_BOX = ("labels", "boxes", "masks", "crowd", "area")  # what a target holds once a box
+# what a target holds once a box
+PER_BOX = ("labels", "boxes", "masks", "crowd", "area")
+
 
 def select_boxes(target: Target, keep: Bool[Tensor, " t"]) -> Target:
     """Keep some boxes of a target, with everything that belongs to them.
@@ -62,8 +67,19 @@ def select_boxes(target: Target, keep: Bool[Tensor, " t"]) -> Target:
     return Target(**{**target, **chosen})
 
 # %% ../nbs/05_data.ipynb #41b4202c
-KINDS = ("unreadable", "unknown class", "non-finite", "degenerate", "out of image", "duplicate", "size", "orphan")
-FATAL = ("unreadable", "unknown class", "non-finite")  # refused on loading; the others can be mended or borne
+KINDS = (
+    "unreadable",
+    "unknown class",
+    "non-finite",
+    "degenerate",
+    "out of image",
+    "duplicate",
+    "size",
+    "orphan",
+)
+# refused on loading; the others can be mended or borne
+FATAL = ("unreadable", "unknown class", "non-finite")
+
 
 class Problem(NamedTuple):
     """Something wrong with an entry of a dataset.
@@ -85,6 +101,7 @@ class Problem(NamedTuple):
     def __str__(self) -> str:
         return f"{self.file}: {self.field} is {self.value} ({self.kind}): {self.remedy}"
 
+
 class DataError(ValueError):
     """An entry of a dataset that cannot be used.
 
@@ -96,20 +113,34 @@ class DataError(ValueError):
         super().__init__(str(problem))
         self.problem = problem
 
+
 def unreadable(file: Path | str, field: str, error: Exception) -> DataError:
     """The complaint about a file that cannot be read at all."""
     value = f"{type(error).__name__}: {error}"
-    return DataError(Problem(str(file), field, value, "restore the file, or take it off the list", "unreadable"))
+    return DataError(
+        Problem(
+            str(file),
+            field,
+            value,
+            "restore the file, or take it off the list",
+            "unreadable",
+        )
+    )
 
 # %% ../nbs/05_data.ipynb #bffb5d6f
 def three_colours(picture: Image.Image) -> Image.Image:
-    """Any Pillow image as RGB: grey is repeated, 16-bit grey keeps its upper byte, transparency is dropped."""
+    """Any Pillow image as RGB: grey is repeated, 16-bit grey keeps its upper byte,
+    transparency is dropped."""
     if picture.mode.startswith("I"):
-        picture = Image.fromarray((np.asarray(picture) // 256).clip(0, 255).astype(np.uint8))
+        picture = Image.fromarray(
+            (np.asarray(picture) // 256).clip(0, 255).astype(np.uint8)
+        )
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
+
 def read_image(path: Path | str) -> UInt8[Tensor, "3 y x"]:
-    """Read a picture as it is meant to be seen: turned as its EXIF note says, in three colours.
+    """Read a picture as it is meant to be seen: turned as its EXIF note says, in three
+    colours.
 
     Raises:
         DataError: if the file is missing, no picture, or cut off.
@@ -120,7 +151,8 @@ def read_image(path: Path | str) -> UInt8[Tensor, "3 y x"]:
             pixels = np.asarray(three_colours(file))
     except Exception as error:  # decoders raise whatever they like
         raise unreadable(path, "picture", error) from error
-    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())  # the only copy after decoding
+    # the only copy after decoding
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 # %% ../nbs/05_data.ipynb #aacabb8a
 class Record(NamedTuple):
@@ -155,6 +187,7 @@ class Record(NamedTuple):
 # %% ../nbs/05_data.ipynb #a351b292
 TOLERANCE = 0.01  # pixels: what rounding may add to a box, or leave of one that is gone
 
+
 def four_numbers(values: object) -> list[float]:
     """Four floats, or four NaNs if that is not what stands there."""
     try:
@@ -163,7 +196,10 @@ def four_numbers(values: object) -> list[float]:
     except (TypeError, ValueError):
         return [math.nan] * 4
 
-def box_faults(box: Sequence[Number], size: tuple[int, int] | None) -> Iterator[tuple[str, str]]:
+
+def box_faults(
+    box: Sequence[Number], size: tuple[int, int] | None
+) -> Iterator[tuple[str, str]]:
     """Kind and remedy of everything that is wrong with one box.
 
     Args:
@@ -177,14 +213,25 @@ def box_faults(box: Sequence[Number], size: tuple[int, int] | None) -> Iterator[
     if x1 <= x0 or y1 <= y0:
         yield "degenerate", "give the box an area, or delete it"
     height, width = size or (math.inf, math.inf)
-    if min(box) < -TOLERANCE or max(x0, x1) > width + TOLERANCE or max(y0, y1) > height + TOLERANCE:
-        yield "out of image", f"cut it at {width} columns and {height} rows; is this the right box format?"
+    if (
+        min(box) < -TOLERANCE
+        or max(x0, x1) > width + TOLERANCE
+        or max(y0, y1) > height + TOLERANCE
+    ):
+        yield (
+            "out of image",
+            (
+                f"cut it at {width} columns and {height} rows; is this the right box"
+                " format?"
+            ),
+        )
 
 # %% ../nbs/05_data.ipynb #96cab92c
 def short_list(words: Mapping | Sequence, limit: int = 12) -> str:
     """The first few of many words, for a message."""
     shown = ", ".join(repr(word) for word in list(words)[:limit])
     return shown if len(words) <= limit else f"{shown} ... ({len(words)} in all)"
+
 
 def record_problems(
     record: Record, known: Mapping[Hashable, int], size: tuple[int, int] | None = None
@@ -197,26 +244,53 @@ def record_problems(
         size: true (height, width) of the image; None trusts the entry.
     """
     first: dict[tuple, str] = {}
-    rows = zip(record.fields, record.written, record.boxes_xyxy.tolist(), record.classes, strict=True)
+    rows = zip(
+        record.fields,
+        record.written,
+        record.boxes_xyxy.tolist(),
+        record.classes,
+        strict=True,
+    )
     for field, value, box, name in rows:
         for kind, remedy in box_faults(box, size or record.size):
             yield Problem(record.file, f"{field} box", str(value), remedy, kind)
         if name not in known:
-            yield Problem(record.file, f"{field} class", repr(name), f"use one of {short_list(known)}", "unknown class")
+            yield Problem(
+                record.file,
+                f"{field} class",
+                repr(name),
+                f"use one of {short_list(known)}",
+                "unknown class",
+            )
         if (earlier := first.setdefault((name, *box), field)) != field:
-            yield Problem(record.file, f"{field} box", str(value), f"delete it, {earlier} is the same", "duplicate")
+            yield Problem(
+                record.file,
+                f"{field} box",
+                str(value),
+                f"delete it, {earlier} is the same",
+                "duplicate",
+            )
 
 # %% ../nbs/05_data.ipynb #110a0cc0
-def outline_to_mask(outline: list | dict | None, size: tuple[int, int]) -> Bool[Tensor, "y x"]:
-    """A COCO segmentation (polygons, or run lengths packed or not) as a mask; nothing written gives an empty mask."""
+def outline_to_mask(
+    outline: list | dict | None, size: tuple[int, int]
+) -> Bool[Tensor, "y x"]:
+    """A COCO segmentation (polygons, or run lengths packed or not) as a mask; nothing
+    written gives an empty mask."""
     if not outline:
         return torch.zeros(size, dtype=torch.bool)
     packed = isinstance(outline, dict) and isinstance(outline["counts"], (str, bytes))
     runs = outline if packed else coco_mask.frPyObjects(outline, *size)
-    return torch.from_numpy(coco_mask.decode(coco_mask.merge(runs) if isinstance(runs, list) else runs)).bool()
+    return torch.from_numpy(
+        coco_mask.decode(coco_mask.merge(runs) if isinstance(runs, list) else runs)
+    ).bool()
 
-def make_target(record: Record, known: Mapping[Hashable, int], size: tuple[int, int]) -> Target:
-    """Turn an entry into the truth of an image of (height, width): contiguous labels, normalised boxes.
+
+def make_target(
+    record: Record, known: Mapping[Hashable, int], size: tuple[int, int]
+) -> Target:
+    """Turn an entry into the truth of an image of (height, width): contiguous labels,
+    normalised boxes.
 
     Raises:
         DataError: if a class is unknown or a box is not finite.
@@ -226,21 +300,32 @@ def make_target(record: Record, known: Mapping[Hashable, int], size: tuple[int, 
             raise DataError(problem)
     labels = torch.tensor([known[name] for name in record.classes], dtype=torch.int64)
     boxes = clip_and_normalise(record.boxes_xyxy, size)
-    target = Target(labels=labels, boxes=boxes, image_id=record.image_id, size=size, crowd=record.crowd)
+    target = Target(
+        labels=labels,
+        boxes=boxes,
+        image_id=record.image_id,
+        size=size,
+        crowd=record.crowd,
+    )
     if record.area is not None:
         target["area"] = record.area
     if record.outlines is not None:
         masks = [outline_to_mask(outline, size) for outline in record.outlines]
-        target["masks"] = torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.bool)
+        target["masks"] = (
+            torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.bool)
+        )
     return target
 
 # %% ../nbs/05_data.ipynb #613a642e
 def drop_crowd(target: Target) -> Target:
-    """Leave out boxes that stand for a crowd: they make evaluation fair, but are nothing to learn."""
+    """Leave out boxes that stand for a crowd: they make evaluation fair, but are
+    nothing to learn."""
     return select_boxes(target, ~target["crowd"]) if "crowd" in target else target
 
+
 class BoxDataset(Dataset):
-    """Images in files with boxes. The reader of a format adds `record`, and `orphans` if it can have any.
+    """Images in files with boxes. The reader of a format adds `record`, and `orphans`
+    if it can have any.
 
     Args:
         items: what the reader needs to know of each image.
@@ -249,15 +334,26 @@ class BoxDataset(Dataset):
         known: from a class as written in the files to its contiguous id.
         keep_crowd: keep boxes that stand for a crowd, marked in `target["crowd"]`.
         drop_degenerate: leave out boxes without area.
-        skip_unreadable: leave out images that cannot be read, with a warning; `skipped` holds the reasons.
+        skip_unreadable: leave out images that cannot be read, with a warning; `skipped`
+            holds the reasons.
     """
 
     def __init__(
-        self, items: Iterable, names: Iterable[str], category_ids: Iterable[int], known: Mapping[Hashable, int],
-        keep_crowd: bool = True, drop_degenerate: bool = True, skip_unreadable: bool = False,
+        self,
+        items: Iterable,
+        names: Iterable[str],
+        category_ids: Iterable[int],
+        known: Mapping[Hashable, int],
+        keep_crowd: bool = True,
+        drop_degenerate: bool = True,
+        skip_unreadable: bool = False,
     ):
         self.items, self.skipped = list(items), []
-        self.names, self.category_ids, self.known = list(names), list(category_ids), dict(known)
+        self.names, self.category_ids, self.known = (
+            list(names),
+            list(category_ids),
+            dict(known),
+        )
         self.keep_crowd, self.drop_degenerate = keep_crowd, drop_degenerate
         if skip_unreadable:
             self.items, self.skipped = readable_items(self)
@@ -292,12 +388,18 @@ def read_coco(file: Path) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if missing := {"images", "annotations", "categories"} - set(content):
-            raise ValueError(f"without {sorted(missing)}; COCO's `instances` files have all three parts")
+            raise ValueError(
+                f"without {sorted(missing)}; COCO's `instances` files have all three"
+                " parts"
+            )
     except (OSError, ValueError) as error:
         raise unreadable(file, "content", error) from error
     return content
 
-def coco_record(picture: Path, file: Path, image: Mapping, entries: Sequence[Mapping], masks: bool) -> Record:
+
+def coco_record(
+    picture: Path, file: Path, image: Mapping, entries: Sequence[Mapping], masks: bool
+) -> Record:
     """One image's entry of a COCO file.
 
     Args:
@@ -307,7 +409,9 @@ def coco_record(picture: Path, file: Path, image: Mapping, entries: Sequence[Map
         entries: its rows in `annotations`, each with its place in the list as `number`.
         masks: keep the outlines.
     """
-    boxes = torch.tensor([four_numbers(entry.get("bbox")) for entry in entries], dtype=torch.float64).reshape(-1, 4)
+    boxes = torch.tensor(
+        [four_numbers(entry.get("bbox")) for entry in entries], dtype=torch.float64
+    ).reshape(-1, 4)
     areas = boxes[:, 2:].prod(1).tolist()
     return Record(
         picture,
@@ -317,21 +421,30 @@ def coco_record(picture: Path, file: Path, image: Mapping, entries: Sequence[Map
         [entry.get("bbox") for entry in entries],
         xywh_to_xyxy(boxes),
         [entry.get("category_id") for entry in entries],
-        torch.tensor([bool(entry.get("iscrowd", 0)) for entry in entries], dtype=torch.bool),
+        torch.tensor(
+            [bool(entry.get("iscrowd", 0)) for entry in entries], dtype=torch.bool
+        ),
         image["id"],
-        torch.tensor([entry.get("area", area) for entry, area in zip(entries, areas, strict=True)]).float(),
+        torch.tensor(
+            [
+                entry.get("area", area)
+                for entry, area in zip(entries, areas, strict=True)
+            ]
+        ).float(),
         [entry.get("segmentation") for entry in entries] if masks else None,
     )
 
 # %% ../nbs/05_data.ipynb #9d908c63
 class CocoDataset(BoxDataset):
-    """Images with a COCO annotation file. Raw category ids become contiguous, in ascending order.
+    """Images with a COCO annotation file. Raw category ids become contiguous, in
+    ascending order.
 
     Args:
         folder: where the images lie.
         annotations: the JSON file.
         masks: read masks too, into `target["masks"]`.
-        keep_crowd: keep crowd regions, marked in `target["crowd"]`: right for evaluation. Give False to train.
+        keep_crowd: keep crowd regions, marked in `target["crowd"]`: right for
+            evaluation. Give False to train.
         drop_degenerate: leave out boxes without area.
         skip_unreadable: leave out images that cannot be read; see `BoxDataset`.
 
@@ -340,42 +453,76 @@ class CocoDataset(BoxDataset):
     """
 
     def __init__(
-        self, folder: Path | str, annotations: Path | str, masks: bool = False, keep_crowd: bool = True,
-        drop_degenerate: bool = True, skip_unreadable: bool = False,
+        self,
+        folder: Path | str,
+        annotations: Path | str,
+        masks: bool = False,
+        keep_crowd: bool = True,
+        drop_degenerate: bool = True,
+        skip_unreadable: bool = False,
     ):
         self.folder, self.file, self.masks = Path(folder), Path(annotations), masks
         content = read_coco(self.file)
-        names = dict(sorted((category["id"], category["name"]) for category in content["categories"]))
+        names = dict(
+            sorted(
+                (category["id"], category["name"]) for category in content["categories"]
+            )
+        )
         known = {raw: contiguous for contiguous, raw in enumerate(names)}
         images = sorted(content["images"], key=lambda image: image["id"])
         self.entries: dict[int, list[dict]] = {image["id"]: [] for image in images}
         self.image_ids = set(self.entries)
         for number, entry in enumerate(content["annotations"]):
-            self.entries.setdefault(entry.get("image_id"), []).append({**entry, "number": number})
-        super().__init__(images, names.values(), names, known, keep_crowd, drop_degenerate, skip_unreadable)
+            self.entries.setdefault(entry.get("image_id"), []).append(
+                {**entry, "number": number}
+            )
+        super().__init__(
+            images,
+            names.values(),
+            names,
+            known,
+            keep_crowd,
+            drop_degenerate,
+            skip_unreadable,
+        )
 
     def record(self, index: int) -> Record:
         """The entry of one image as written."""
         image = self.items[index]
-        return coco_record(self.folder / image["file_name"], self.file, image, self.entries[image["id"]], self.masks)
+        return coco_record(
+            self.folder / image["file_name"],
+            self.file,
+            image,
+            self.entries[image["id"]],
+            self.masks,
+        )
 
     def orphans(self) -> Iterator[Problem]:
-        """Annotations whose image is not in the list: nothing would ever load them, or complain."""
+        """Annotations whose image is not in the list: nothing would ever load them, or
+        complain."""
         for image_id in self.entries.keys() - self.image_ids:
             for entry in self.entries[image_id]:
-                field, remedy = f"annotations[{entry['number']}] image_id", "add the image, or delete the entry"
+                field, remedy = (
+                    f"annotations[{entry['number']}] image_id",
+                    "add the image, or delete the entry",
+                )
                 yield Problem(str(self.file), field, repr(image_id), remedy, "orphan")
 
 # %% ../nbs/05_data.ipynb #754040e8
 def voc_names(folder: Path) -> list[str]:
-    """Every class name in a folder of VOC files, in alphabetical order; broken files are left for `check_data`."""
+    """Every class name in a folder of VOC files, in alphabetical order; broken files
+    are left for `check_data`."""
     names = set()
     for file in folder.glob("*.xml"):
         try:
-            names |= {thing.findtext("name", "").strip() for thing in ET.parse(file).getroot().iter("object")}
+            names |= {
+                thing.findtext("name", "").strip()
+                for thing in ET.parse(file).getroot().iter("object")
+            }
         except ET.ParseError:
             continue
     return sorted(names)
+
 
 def read_split(folder: Path, split: str) -> list[str]:
     """Names of the images of a VOC split.
@@ -386,8 +533,16 @@ def read_split(folder: Path, split: str) -> list[str]:
     file = folder / f"{split}.txt"
     if not file.is_file():
         there = short_list(sorted(path.stem for path in folder.glob("*.txt")))
-        raise DataError(Problem(str(file), "split", repr(split), f"choose one of {there}", "unreadable"))
-    return [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        raise DataError(
+            Problem(
+                str(file), "split", repr(split), f"choose one of {there}", "unreadable"
+            )
+        )
+    return [
+        line.split()[0]
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if line.strip()
+    ]
 
 # %% ../nbs/05_data.ipynb #c24dd6e1
 def voc_record(picture: Path, file: Path, number: int, first_pixel: int = 0) -> Record:
@@ -407,25 +562,49 @@ def voc_record(picture: Path, file: Path, number: int, first_pixel: int = 0) -> 
     except (OSError, ET.ParseError) as error:
         raise unreadable(file, "content", error) from error
     things = root.findall("object")
-    sides = [[thing.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")] for thing in things]
-    boxes = torch.tensor([four_numbers(four) for four in sides], dtype=torch.float64).reshape(-1, 4)
+    sides = [
+        [thing.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
+        for thing in things
+    ]
+    boxes = torch.tensor(
+        [four_numbers(four) for four in sides], dtype=torch.float64
+    ).reshape(-1, 4)
     boxes[:, :2] -= first_pixel
-    size = (int(root.findtext("size/height") or 0), int(root.findtext("size/width") or 0))
+    size = (
+        int(root.findtext("size/height") or 0),
+        int(root.findtext("size/width") or 0),
+    )
     names = [thing.findtext("name", "").strip() for thing in things]
-    fields, written = [f"object[{i}]" for i in range(len(things))], [" ".join(map(str, four)) for four in sides]
+    fields, written = (
+        [f"object[{i}]" for i in range(len(things))],
+        [" ".join(map(str, four)) for four in sides],
+    )
     crowd = torch.zeros(len(things), dtype=torch.bool)
-    return Record(picture, str(file), size if all(size) else None, fields, written, boxes, names, crowd, number)
+    return Record(
+        picture,
+        str(file),
+        size if all(size) else None,
+        fields,
+        written,
+        boxes,
+        names,
+        crowd,
+        number,
+    )
 
 # %% ../nbs/05_data.ipynb #8cffa7ec
 class VocDataset(BoxDataset):
-    """Images with Pascal VOC annotations: one XML file an image, splits as lists of names.
+    """Images with Pascal VOC annotations: one XML file an image, splits as lists of
+    names.
 
     Args:
         folder: holds JPEGImages, Annotations and ImageSets/Main.
         split: which list, such as train.
-        names: the classes in order; None collects them from all XML files, in alphabetical order.
+        names: the classes in order; None collects them from all XML files, in
+            alphabetical order.
         drop_degenerate: leave out boxes without area.
-        first_pixel: number of the first pixel: 0 for files written by today's tools, 1 for the original VOC data.
+        first_pixel: number of the first pixel: 0 for files written by today's tools, 1
+            for the original VOC data.
         skip_unreadable: leave out images that cannot be read; see `BoxDataset`.
 
     Raises:
@@ -433,44 +612,70 @@ class VocDataset(BoxDataset):
     """
 
     def __init__(
-        self, folder: Path | str, split: str, names: Sequence[str] | None = None, drop_degenerate: bool = True,
-        first_pixel: int = 0, skip_unreadable: bool = False,
+        self,
+        folder: Path | str,
+        split: str,
+        names: Sequence[str] | None = None,
+        drop_degenerate: bool = True,
+        first_pixel: int = 0,
+        skip_unreadable: bool = False,
     ):
         self.folder, self.first_pixel = Path(folder), first_pixel
         names = voc_names(self.folder / "Annotations") if names is None else names
         known = {name: i for i, name in enumerate(names)}
-        self.pictures = {file.stem: file for file in (self.folder / "JPEGImages").iterdir()}
+        self.pictures = {
+            file.stem: file for file in (self.folder / "JPEGImages").iterdir()
+        }
         items = enumerate(read_split(self.folder / "ImageSets" / "Main", split))
-        choices = {"drop_degenerate": drop_degenerate, "skip_unreadable": skip_unreadable}
+        choices = {
+            "drop_degenerate": drop_degenerate,
+            "skip_unreadable": skip_unreadable,
+        }
         super().__init__(items, names, range(len(names)), known, **choices)
 
     def record(self, index: int) -> Record:
         """The entry of one image as written."""
         number, stem = self.items[index]
         picture = self.pictures.get(stem, self.folder / "JPEGImages" / f"{stem}.jpg")
-        return voc_record(picture, self.folder / "Annotations" / f"{stem}.xml", number, self.first_pixel)
+        return voc_record(
+            picture,
+            self.folder / "Annotations" / f"{stem}.xml",
+            number,
+            self.first_pixel,
+        )
 
 # %% ../nbs/05_data.ipynb #ef97eab2
 def picture_size(path: Path) -> tuple[int, int]:
-    """(height, width) of a picture as it is meant to be seen, from the head of its file."""
+    """(height, width) of a picture as it is meant to be seen, from the head of its
+    file."""
     try:
         with Image.open(path) as file:
-            (width, height), note = file.size, file.getexif().get(ExifTags.Base.Orientation, 1)
+            (width, height), note = (
+                file.size,
+                file.getexif().get(ExifTags.Base.Orientation, 1),
+            )
     except Exception as error:
         raise unreadable(path, "picture", error) from error
-    return (width, height) if note >= 5 else (height, width)  # notes from 5 on turn by a quarter
+    # notes from 5 on turn by a quarter
+    return (width, height) if note >= 5 else (height, width)
+
 
 def yolo_names(file: Path) -> dict[int, str]:
-    """Numbers and names of the classes in a YOLO `data.yaml`, which lists them or numbers them."""
+    """Numbers and names of the classes in a YOLO `data.yaml`, which lists them or
+    numbers them."""
     try:
-        import yaml  # comes with huggingface_hub; who has none gives the names as a list
+        # comes with huggingface_hub; who has none gives the names as a list
+        import yaml
 
         names = yaml.safe_load(file.read_text(encoding="utf-8"))["names"]
         if not isinstance(names, (dict, list)):
             raise TypeError(f"a list or a table of names belongs there, not {names!r}")
-        return dict(sorted(names.items()) if isinstance(names, dict) else enumerate(names))
+        return dict(
+            sorted(names.items()) if isinstance(names, dict) else enumerate(names)
+        )
     except Exception as error:
         raise unreadable(file, "names", error) from error
+
 
 def yolo_record(picture: Path, file: Path, number: int) -> Record:
     """One image's entry, from its YOLO file; without a file there are no objects.
@@ -487,22 +692,35 @@ def yolo_record(picture: Path, file: Path, number: int) -> Record:
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     except (OSError, ValueError) as error:
         raise unreadable(file, "content", error) from error
-    size, rows = picture_size(picture), {f"line {i}": line.split() for i, line in enumerate(lines, 1) if line.strip()}
-    shares = torch.tensor([four_numbers(row[1:]) for row in rows.values()], dtype=torch.float64).reshape(-1, 4)
+    size, rows = (
+        picture_size(picture),
+        {f"line {i}": line.split() for i, line in enumerate(lines, 1) if line.strip()},
+    )
+    shares = torch.tensor(
+        [four_numbers(row[1:]) for row in rows.values()], dtype=torch.float64
+    ).reshape(-1, 4)
     classes = [int(row[0]) if row[0].isdecimal() else row[0] for row in rows.values()]
-    written, crowd = [" ".join(row[1:]) for row in rows.values()], torch.zeros(len(rows), dtype=torch.bool)
+    written, crowd = (
+        [" ".join(row[1:]) for row in rows.values()],
+        torch.zeros(len(rows), dtype=torch.bool),
+    )
     corners = scale_boxes(cxcywh_to_xyxy(shares), *size)
-    return Record(picture, str(file), size, list(rows), written, corners, classes, crowd, number)
+    return Record(
+        picture, str(file), size, list(rows), written, corners, classes, crowd, number
+    )
 
 # %% ../nbs/05_data.ipynb #b1c044d5
 PICTURES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
+
 class YoloDataset(BoxDataset):
-    """Images with YOLO annotations: one text file an image, lines of class, centre x and y, width, height in shares.
+    """Images with YOLO annotations: one text file an image, lines of class, centre x
+    and y, width, height in shares.
 
     Args:
-        images: folder of the images. The text files lie in the folder that has `labels` for the last `images` of its
-            path, as in `cells/train/images` or `coco/images/train2017`.
+        images: folder of the images. The text files lie in the folder that has `labels`
+            for the last `images` of its path, as in `cells/train/images` or
+            `coco/images/train2017`.
         names: the classes in order, or the `data.yaml` that names them.
         drop_degenerate: leave out boxes without area.
         skip_unreadable: leave out images that cannot be read; see `BoxDataset`.
@@ -512,21 +730,38 @@ class YoloDataset(BoxDataset):
     """
 
     def __init__(
-        self, images: Path | str, names: Sequence[str] | Path | str, drop_degenerate: bool = True,
+        self,
+        images: Path | str,
+        names: Sequence[str] | Path | str,
+        drop_degenerate: bool = True,
         skip_unreadable: bool = False,
     ):
         self.folder = Path(images)
         before, found, after = self.folder.as_posix().rpartition("images")
         self.labels = Path(f"{before}labels{after}")
-        for folder, wanted in ((self.folder, "folder of images"), (self.labels, "folder of labels")):
+        for folder, wanted in (
+            (self.folder, "folder of images"),
+            (self.labels, "folder of labels"),
+        ):
             if not (found and folder.is_dir()):
                 remedy = "lay the text files into a folder `labels` beside `images`"
-                raise DataError(Problem(str(folder), wanted, "missing", remedy, "unreadable"))
-        table = yolo_names(Path(names)) if isinstance(names, (str, Path)) else dict(enumerate(names))
-        pictures = sorted(file for file in self.folder.iterdir() if file.suffix.lower() in PICTURES)
+                raise DataError(
+                    Problem(str(folder), wanted, "missing", remedy, "unreadable")
+                )
+        table = (
+            yolo_names(Path(names))
+            if isinstance(names, (str, Path))
+            else dict(enumerate(names))
+        )
+        pictures = sorted(
+            file for file in self.folder.iterdir() if file.suffix.lower() in PICTURES
+        )
         self.stems = {file.stem for file in pictures}
         known = {raw: contiguous for contiguous, raw in enumerate(table)}
-        choices = {"drop_degenerate": drop_degenerate, "skip_unreadable": skip_unreadable}
+        choices = {
+            "drop_degenerate": drop_degenerate,
+            "skip_unreadable": skip_unreadable,
+        }
         super().__init__(enumerate(pictures), table.values(), table, known, **choices)
 
     def record(self, index: int) -> Record:
@@ -537,23 +772,47 @@ class YoloDataset(BoxDataset):
     def orphans(self) -> Iterator[Problem]:
         """Text files without a picture."""
         for file in sorted(self.labels.glob("*.txt")):
-            if file.stem not in {*self.stems, "classes"}:  # some tools leave their list of names there
-                yield Problem(str(file), "picture", "missing", "add the picture, or delete the file", "orphan")
+            # some tools leave their list of names there
+            if file.stem not in {*self.stems, "classes"}:
+                yield Problem(
+                    str(file),
+                    "picture",
+                    "missing",
+                    "add the picture, or delete the file",
+                    "orphan",
+                )
 
 # %% ../nbs/05_data.ipynb #19e9dc5a
 def target_record(image: Shaped[Tensor, "3 y x"], target: Target, index: int) -> Record:
-    """The entry of an image in memory, so that it can be checked like one from a file."""
+    """An image in memory as an entry that can be checked like one from a file."""
     size, count = (image.shape[1], image.shape[2]), len(target["labels"])
     corners = scale_boxes(cxcywh_to_xyxy(target["boxes"].double()), *size)
     fields = [f"box {i}" for i in range(count)]
     crowd = target.get("crowd", torch.zeros(count, dtype=torch.bool))
     written = [[round(share, 4) for share in box] for box in target["boxes"].tolist()]
-    return Record(None, f"image {index}", size, fields, written, corners, target["labels"].tolist(), crowd, index)
+    return Record(
+        None,
+        f"image {index}",
+        size,
+        fields,
+        written,
+        corners,
+        target["labels"].tolist(),
+        crowd,
+        index,
+    )
 
-def entry_problems(dataset: Dataset, index: int, known: Mapping[Hashable, int]) -> Iterator[Problem]:
+
+def entry_problems(
+    dataset: Dataset, index: int, known: Mapping[Hashable, int]
+) -> Iterator[Problem]:
     """Everything that is wrong with one image of a dataset, its picture included."""
     try:
-        record = dataset.record(index) if hasattr(dataset, "record") else target_record(*dataset[index], index)
+        record = (
+            dataset.record(index)
+            if hasattr(dataset, "record")
+            else target_record(*dataset[index], index)
+        )
     except DataError as error:
         yield error.problem
         return
@@ -564,20 +823,29 @@ def entry_problems(dataset: Dataset, index: int, known: Mapping[Hashable, int]) 
         except DataError as error:
             yield error.problem
     if record.size not in (None, size):
-        remedy = f"the picture has {size}: was it resized or turned after the boxes were drawn?"
-        yield Problem(record.file, "size (height, width)", str(record.size), remedy, "size")
+        remedy = (
+            f"the picture has {size}: was it resized or turned after the boxes were"
+            " drawn?"
+        )
+        yield Problem(
+            record.file, "size (height, width)", str(record.size), remedy, "size"
+        )
     yield from record_problems(record, known, size)
 
 # %% ../nbs/05_data.ipynb #171524bb
 def all_entry_problems(dataset: Dataset, index: int) -> list[Problem]:
-    """As `entry_problems`; an entry so broken that even the check trips must not hide the others."""
+    """As `entry_problems`; an entry so broken that even the check trips must not hide
+    the others."""
     known = getattr(dataset, "known", {i: i for i in range(len(dataset.names))})
     try:
         return list(entry_problems(dataset, index, known))
     except Exception as error:
         where = str(getattr(dataset, "file", "dataset"))
         value = f"{type(error).__name__}: {error}"
-        return [Problem(where, f"entry {index}", value, "repair the entry", "unreadable")]
+        return [
+            Problem(where, f"entry {index}", value, "repair the entry", "unreadable")
+        ]
+
 
 def all_problems(dataset: Dataset) -> Iterator[Problem]:
     """The problems of the files as a whole, then those of each image."""
@@ -586,20 +854,37 @@ def all_problems(dataset: Dataset) -> Iterator[Problem]:
     for index in range(len(dataset)):
         yield from all_entry_problems(dataset, index)
 
+
 def readable_items(dataset: BoxDataset) -> tuple[list, list[Problem]]:
-    """The items whose files can be read, and for each of the others the reason; warns of their number."""
-    found = [[p for p in all_entry_problems(dataset, i) if p.kind == "unreadable"] for i in range(len(dataset))]
-    kept = [item for item, problems in zip(dataset.items, found, strict=True) if not problems]
+    """The items whose files can be read, and for each of the others the reason; warns
+    of their number."""
+    found = [
+        [p for p in all_entry_problems(dataset, i) if p.kind == "unreadable"]
+        for i in range(len(dataset))
+    ]
+    kept = [
+        item
+        for item, problems in zip(dataset.items, found, strict=True)
+        if not problems
+    ]
     if lost := [problems[0] for problems in found if problems]:
-        warnings.warn(f"{len(lost)} of {len(found)} images are skipped, the first because {lost[0]}", stacklevel=4)
+        warnings.warn(
+            f"{len(lost)} of {len(found)} images are skipped, the first because"
+            f" {lost[0]}",
+            stacklevel=4,
+        )
     return kept, lost
 
 # %% ../nbs/05_data.ipynb #5d0ce310
-def check_data(dataset: Dataset, report: Callable[[Problem], object] | None = None) -> list[Problem]:
-    """Read every entry and every picture once, and collect what is wrong; one bad entry stops nothing.
+def check_data(
+    dataset: Dataset, report: Callable[[Problem], object] | None = None
+) -> list[Problem]:
+    """Read every entry and every picture once, and collect what is wrong; one bad entry
+    stops nothing.
 
     Args:
-        dataset: a reader of this chapter, or anything that gives uint8 images with targets and has `names`.
+        dataset: a reader of this chapter, or anything that gives uint8 images with
+            targets and has `names`.
         report: called with each problem as soon as it is found, such as `print`.
 
     Returns:
@@ -612,29 +897,37 @@ def check_data(dataset: Dataset, report: Callable[[Problem], object] | None = No
             report(problem)
     return problems
 
+
 def summary(problems: Sequence[Problem], limit: int = 20) -> str:
-    """A text for people: how many problems of each kind, then the first `limit` of them."""
+    """A text for people: how many problems of each kind, then the first `limit` of
+    them."""
     if not problems:
         return "no problems found"
     counts = Counter(problem.kind for problem in problems).most_common()
-    kinds, plural = ", ".join(f"{count} {kind}" for kind, count in counts), "s" * (len(problems) > 1)
+    kinds, plural = (
+        ", ".join(f"{count} {kind}" for kind, count in counts),
+        "s" * (len(problems) > 1),
+    )
     rest = [f"  ... and {len(problems) - limit} more"] if len(problems) > limit else []
     shown = [f"  {problem}" for problem in problems[:limit]]
     return "\n".join([f"{len(problems)} problem{plural}: {kinds}", *shown, *rest])
 
 # %% ../nbs/05_data.ipynb #1107c291
 def to_sample(image: UInt8[Tensor, "3 y x"], target: Target) -> dict[str, Tensor]:
-    """An image and its boxes and masks, wrapped so that torchvision knows what they are."""
+    """An image and its boxes and masks, wrapped so that torchvision knows what they
+    are."""
     size = tuple(image.shape[1:])
     boxes_xyxy = scale_boxes(cxcywh_to_xyxy(target["boxes"]), *size)
     boxes = tv_tensors.BoundingBoxes(boxes_xyxy, format="XYXY", canvas_size=size)
     masks = {"masks": tv_tensors.Mask(target["masks"])} if "masks" in target else {}
     return {"image": tv_tensors.Image(image), "boxes": boxes, **masks}
 
+
 def apply_transform(
     transform: Callable, image: UInt8[Tensor, "3 y x"], target: Target
 ) -> tuple[UInt8[Tensor, "3 y2 x2"], Target]:
-    """Apply a torchvision v2 transform to an image, and in the same way to its boxes and masks.
+    """Apply a torchvision v2 transform to an image, and in the same way to its boxes
+    and masks.
 
     Args:
         transform: takes and returns a dict of image, boxes and perhaps masks.
@@ -642,11 +935,15 @@ def apply_transform(
         target: its truth.
 
     Returns:
-        The new picture and its truth. Boxes that left the picture are gone, with all that belongs to them; `size` and
-        `area` stay those of the original picture, in which results are reported.
+        The new picture and its truth. Boxes that left the picture are gone, with all
+        that belongs to them; `size` and `area` stay those of the original picture, in
+        which results are reported.
     """
     sample = transform(to_sample(image, target))
-    image, boxes_xyxy = sample["image"].as_subclass(Tensor), sample["boxes"].as_subclass(Tensor)
+    image, boxes_xyxy = (
+        sample["image"].as_subclass(Tensor),
+        sample["boxes"].as_subclass(Tensor),
+    )
     size = (image.shape[1], image.shape[2])
     target = Target(**{**target, "boxes": clip_and_normalise(boxes_xyxy, size)})
     if "masks" in sample:
@@ -659,13 +956,20 @@ def random_int(low: int, high: int) -> int:
     """A whole number from low to high, both included, from torch's generator."""
     return int(torch.randint(low, high + 1, ()))
 
-def fitted_size(size: tuple[int, int], short_side: int, longest: Number = math.inf) -> tuple[int, int]:
-    """(height, width) after a resize of the short side, to less if the long side would exceed its limit."""
+
+def fitted_size(
+    size: tuple[int, int], short_side: int, longest: Number = math.inf
+) -> tuple[int, int]:
+    """(height, width) after a resize of the short side, to less if the long side would
+    exceed its limit."""
     short, long = min(size), max(size)
     if long / short * short_side > longest:
         short_side = round(longest * short / long)
-    height, width = (short_side if side == short else int(short_side * side / short) for side in size)
+    height, width = (
+        short_side if side == short else int(short_side * side / short) for side in size
+    )
     return height, width
+
 
 class ShortSide(v2.Transform):
     """Resize the short side to one of several lengths; the shape is kept.
@@ -682,7 +986,11 @@ class ShortSide(v2.Transform):
     def make_params(self, flat_inputs: list) -> dict[str, tuple[int, int]]:
         """Draw the length, once for image, boxes and masks together."""
         side = self.sides[random_int(0, len(self.sides) - 1)]
-        return {"size": fitted_size(tuple(v2.functional.get_size(flat_inputs[0])), side, self.longest)}
+        return {
+            "size": fitted_size(
+                tuple(v2.functional.get_size(flat_inputs[0])), side, self.longest
+            )
+        }
 
     def transform(self, part: Tensor, params: dict[str, tuple[int, int]]) -> Tensor:
         """Resize one part of the sample."""
@@ -693,7 +1001,8 @@ class RandomSizeCrop(v2.Transform):
     """Cut out a window of random size and place.
 
     Args:
-        smallest: shortest side of the window, pixels; a side of the image that is shorter is kept whole.
+        smallest: shortest side of the window, pixels; a side of the image that is
+            shorter is kept whole.
         largest: longest side of the window, pixels.
     """
 
@@ -704,8 +1013,14 @@ class RandomSizeCrop(v2.Transform):
     def make_params(self, flat_inputs: list) -> dict[str, int]:
         """Draw the window, once for image, boxes and masks together."""
         sides = v2.functional.get_size(flat_inputs[0])
-        lengths = [random_int(min(self.smallest, side), min(self.largest, side)) for side in sides]
-        top, left = (random_int(0, side - length) for side, length in zip(sides, lengths, strict=True))
+        lengths = [
+            random_int(min(self.smallest, side), min(self.largest, side))
+            for side in sides
+        ]
+        top, left = (
+            random_int(0, side - length)
+            for side, length in zip(sides, lengths, strict=True)
+        )
         return {"top": top, "left": left, "height": lengths[0], "width": lengths[1]}
 
     def transform(self, part: Tensor, params: dict[str, int]) -> Tensor:
@@ -715,11 +1030,16 @@ class RandomSizeCrop(v2.Transform):
 # %% ../nbs/05_data.ipynb #940a4eab
 TRAIN_SIDES = tuple(range(480, 801, 32))
 
+
 def train_transform(
-    short_sides: Sequence[int] = TRAIN_SIDES, longest: int = 1333, crop: tuple[int, int] | None = (384, 600),
-    before_crop: Sequence[int] = (400, 500, 600), flip: Number = 0.5,
+    short_sides: Sequence[int] = TRAIN_SIDES,
+    longest: int = 1333,
+    crop: tuple[int, int] | None = (384, 600),
+    before_crop: Sequence[int] = (400, 500, 600),
+    flip: Number = 0.5,
 ) -> v2.Transform:
-    """DETR's augmentation: flip, then a random size, half of the time after a random crop.
+    """DETR's augmentation: flip, then a random size, half of the time after a random
+    crop.
 
     Args:
         short_sides: lengths of the short side to choose from, pixels.
@@ -728,16 +1048,21 @@ def train_transform(
         before_crop: lengths of the short side before the crop, pixels.
         flip: probability of the horizontal flip.
 
-    Source: Carion et al. 2020, section 4, technical details; flip, crop and sizes before it from the authors' code.
+    Source: Carion et al. 2020, section 4, technical details; flip, crop and sizes
+    before it from the authors' code.
     """
     resize = ShortSide(short_sides, longest)
     if crop is None:
         return v2.Compose([v2.RandomHorizontalFlip(flip), resize])
     cropped = v2.Compose([ShortSide(before_crop), RandomSizeCrop(*crop), resize])
-    return v2.Compose([v2.RandomHorizontalFlip(flip), v2.RandomChoice([resize, cropped])])
+    return v2.Compose(
+        [v2.RandomHorizontalFlip(flip), v2.RandomChoice([resize, cropped])]
+    )
+
 
 def eval_transform(short_side: int = 800, longest: int = 1333) -> v2.Transform:
-    """Resize the short side, to less if the long side would exceed its limit; nothing is random.
+    """Resize the short side, to less if the long side would exceed its limit; nothing
+    is random.
 
     Args:
         short_side: length of the short side, pixels.
@@ -747,18 +1072,27 @@ def eval_transform(short_side: int = 800, longest: int = 1333) -> v2.Transform:
 
 # %% ../nbs/05_data.ipynb #a75b768e
 def blank(*shape: int) -> Float[Tensor, "..."]:
-    """Zeros; in a worker process they lie where the main process reads them, so that a batch need not be copied there.
+    """Zeros; in a worker process they lie where the main process reads them, so that a
+    batch need not be copied there.
 
     Source: torch's own `default_collate`.
     """
     if get_worker_info() is None:
         return torch.zeros(shape)
-    return torch.empty(0).set_(torch.UntypedStorage._new_shared(4 * math.prod(shape))).view(shape).zero_()
+    return (
+        torch.empty(0)
+        .set_(torch.UntypedStorage._new_shared(4 * math.prod(shape)))
+        .view(shape)
+        .zero_()
+    )
+
 
 def pad_images(
-    images: list[Shaped[Tensor, "3 _ _"]], lay: Callable[[Tensor, Tensor], object] = Tensor.copy_
+    images: list[Shaped[Tensor, "3 _ _"]],
+    lay: Callable[[Tensor, Tensor], object] = Tensor.copy_,
 ) -> tuple[Float[Tensor, "b 3 y x"], Bool[Tensor, "b y x"]]:
-    """Lay images of different sizes into one tensor, each in the upper left corner, and mark the rest.
+    """Lay images of different sizes into one tensor, each in the upper left corner, and
+    mark the rest.
 
     Args:
         images: at least one.
@@ -784,15 +1118,20 @@ def pad_images(
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+
 def colours(values: Sequence[Number], like: Tensor) -> Float[Tensor, "3 1 1"]:
     """Three numbers, one for each colour, in a shape that broadcasts over images."""
     return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None, None]
 
+
 def normalise(
-    images: UInt8[Tensor, "*b 3 y x"], mean: Sequence[Number] = IMAGENET_MEAN, std: Sequence[Number] = IMAGENET_STD,
+    images: UInt8[Tensor, "*b 3 y x"],
+    mean: Sequence[Number] = IMAGENET_MEAN,
+    std: Sequence[Number] = IMAGENET_STD,
     out: Float[Tensor, "*b 3 y x"] | None = None,
 ) -> Float[Tensor, "*b 3 y x"]:
-    """Bytes to numbers around zero: divide by 255, subtract the mean, divide by the standard deviation.
+    """Bytes to numbers around zero: divide by 255, subtract the mean, divide by the
+    standard deviation.
 
     Args:
         images: colours from 0 to 255.
@@ -807,24 +1146,33 @@ def normalise(
     floats = images.float() if out is None else out.copy_(images)
     return floats.mul_(1 / (255 * std)).sub_(mean / std)
 
+
 def denormalise(
-    images: Float[Tensor, "*b 3 y x"], mean: Sequence[Number] = IMAGENET_MEAN, std: Sequence[Number] = IMAGENET_STD
+    images: Float[Tensor, "*b 3 y x"],
+    mean: Sequence[Number] = IMAGENET_MEAN,
+    std: Sequence[Number] = IMAGENET_STD,
 ) -> UInt8[Tensor, "*b 3 y x"]:
     """The way back from `normalise`, rounded to bytes."""
-    return (255 * (images * colours(std, images) + colours(mean, images))).round().clamp(0, 255).byte()
+    return (
+        (255 * (images * colours(std, images) + colours(mean, images)))
+        .round()
+        .clamp(0, 255)
+        .byte()
+    )
 
 # %% ../nbs/05_data.ipynb #5c0ffee1
 @dataclass(frozen=True)
 class Preprocess:
-    """What is done to a picture before a model sees it; saved with the model, whose weights fit no other way.
+    """What is done to a picture before a model sees it; saved with the model, whose
+    weights fit no other way.
 
     Args:
         short_side: length of the short side, pixels.
         longest: longest side allowed, pixels.
         mean: mean of each colour, from 0 to 1.
         std: standard deviation of each colour, same unit.
-        size: (height, width) to which every picture is stretched instead, as by `in_memory`: for models that have seen
-            one frame only. None keeps the shape.
+        size: (height, width) to which every picture is stretched instead, as by
+            `in_memory`: for models that have seen one frame only. None keeps the shape.
 
     Raises:
         ValueError: if a side is shorter than a pixel, or a deviation is not positive.
@@ -840,16 +1188,28 @@ class Preprocess:
         if min(self.short_side, self.longest, *(self.size or ())) < 1:
             raise ValueError(f"{self}: a side must be at least one pixel long")
         if not (len(self.mean) == len(self.std) == 3 and min(self.std) > 0):
-            raise ValueError(f"{self}: give three means, and three deviations above zero")
+            raise ValueError(
+                f"{self}: give three means, and three deviations above zero"
+            )
 
     @classmethod
     def read(cls, told: Mapping[str, object]) -> "Preprocess":
-        """The rule that `dataclasses.asdict` made plain values of, with lists for tuples if JSON was on the way."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in told.items()})
+        """The rule that `dataclasses.asdict` made plain values of, with lists for
+        tuples if JSON was on the way."""
+        return cls(
+            **{
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in told.items()
+            }
+        )
 
     def resize(self) -> v2.Transform:
         """The part that changes sizes."""
-        return v2.Resize(list(self.size)) if self.size else eval_transform(self.short_side, self.longest)
+        return (
+            v2.Resize(list(self.size))
+            if self.size
+            else eval_transform(self.short_side, self.longest)
+        )
 
     def __call__(self, image: UInt8[Tensor, "3 y x"]) -> Float[Tensor, "3 y2 x2"]:
         """Turn one picture into what the model takes, resized and normalised."""
@@ -863,7 +1223,8 @@ class Batch(NamedTuple):
         images: normalised images, padded with zeros on the right and below.
         pad: True where an image is padding.
         targets: the truth of each image.
-        cameras: for scenes that several cameras saw: what maps metres to shares of each padded picture; else None.
+        cameras: for scenes that several cameras saw: what maps metres to shares of each
+            padded picture; else None.
     """
 
     images: Float[Tensor, "*n 3 y x"]
@@ -877,22 +1238,36 @@ class Batch(NamedTuple):
         return inputs if self.cameras is None else {**inputs, "cameras": self.cameras}
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Move all tensors to a device; pinned ones travel while the processor goes on."""
+        """Move all tensors to a device; pinned ones do not hold up the processor."""
         move = partial(Tensor.to, device=device, non_blocking=self.images.is_pinned())
-        targets = [{k: move(v) if isinstance(v, Tensor) else v for k, v in t.items()} for t in self.targets]
+        targets = [
+            {k: move(v) if isinstance(v, Tensor) else v for k, v in t.items()}
+            for t in self.targets
+        ]
         cameras = None if self.cameras is None else move(self.cameras)
         return Batch(move(self.images), move(self.pad), targets, cameras)
 
     def split(self, parts: int) -> list["Batch"]:
-        """The same images in at most so many smaller batches, as equal as they can be."""
-        images, pads, rest = self.images.chunk(parts), self.pad.chunk(parts), iter(self.targets)
-        cameras = [None] * len(images) if self.cameras is None else self.cameras.chunk(parts)
+        """The same images in at most so many batches, as equal as they can be."""
+        images, pads, rest = (
+            self.images.chunk(parts),
+            self.pad.chunk(parts),
+            iter(self.targets),
+        )
+        cameras = (
+            [None] * len(images) if self.cameras is None else self.cameras.chunk(parts)
+        )
         rows = zip(images, pads, cameras, strict=True)
-        return [Batch(some, pad, list(islice(rest, len(some))), views) for some, pad, views in rows]
+        return [
+            Batch(some, pad, list(islice(rest, len(some))), views)
+            for some, pad, views in rows
+        ]
+
 
 def collate(
     samples: Sequence[tuple[UInt8[Tensor, "3 _ _"], Target]],
-    mean: Sequence[Number] = IMAGENET_MEAN, std: Sequence[Number] = IMAGENET_STD,
+    mean: Sequence[Number] = IMAGENET_MEAN,
+    std: Sequence[Number] = IMAGENET_STD,
 ) -> Batch:
     """Normalise and pad some samples; a `DataLoader` takes it as `collate_fn`.
 
@@ -901,34 +1276,52 @@ def collate(
         mean: mean of each colour, from 0 to 1.
         std: standard deviation of each colour, same unit.
     """
-    images, pad = pad_images([image for image, _ in samples], lambda place, image: normalise(image, mean, std, place))
+    images, pad = pad_images(
+        [image for image, _ in samples],
+        lambda place, image: normalise(image, mean, std, place),
+    )
     return Batch(images, pad, [target for _, target in samples])
 
 # %% ../nbs/05_data.ipynb #0593edda
 def mixed_seed(seed: int, epoch: int, index: int) -> int:
     """One number that depends on all three, well scrambled; for `torch.manual_seed`."""
-    return int(np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0])
+    return int(
+        np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0]
+    )
 
 # %% ../nbs/05_data.ipynb #3b899563
 class Transformed(Dataset):
-    """A dataset seen through a transform whose randomness is a function of (seed, epoch, index) alone.
+    """A dataset seen through a transform whose randomness is a function of (seed,
+    epoch, index) alone.
 
     Args:
         dataset: gives uint8 images and targets; has `names` and `category_ids`.
-        transform: a torchvision v2 transform that draws from torch's generator; None leaves things as they are.
+        transform: a torchvision v2 transform that draws from torch's generator; None
+            leaves things as they are.
         seed: which series of random numbers.
         epoch: which pass over the data.
     """
 
-    def __init__(self, dataset: Dataset, transform: Callable | None, seed: int = 0, epoch: int = 0):
-        self.dataset, self.transform, self.seed, self.epoch = dataset, transform, seed, epoch
+    def __init__(
+        self,
+        dataset: Dataset,
+        transform: Callable | None,
+        seed: int = 0,
+        epoch: int = 0,
+    ):
+        self.dataset, self.transform, self.seed, self.epoch = (
+            dataset,
+            transform,
+            seed,
+            epoch,
+        )
         self.names, self.category_ids = dataset.names, dataset.category_ids
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[UInt8[Tensor, "3 y x"], Target]:
-        """One image and its truth, transformed; the global generator is left as it was."""
+        """One image and its truth, transformed; the global generator is restored."""
         image, target = self.dataset[index]
         if self.transform is None:
             return image, target
@@ -941,6 +1334,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> Int[Tensor, " n"]:
     """The order in which an epoch visits `count` images."""
     return torch.from_numpy(np.random.default_rng((seed, epoch, 0)).permutation(count))
 
+
 def own_part(chosen: Int[Tensor, " n"], share: tuple[int, int]) -> Int[Tensor, " m"]:
     """The images of a batch that one of several processes takes.
 
@@ -949,17 +1343,27 @@ def own_part(chosen: Int[Tensor, " n"], share: tuple[int, int]) -> Int[Tensor, "
         share: which process, and how many there are.
 
     Returns:
-        Every so many-th image. A batch with fewer images than processes is repeated, so that none has nothing to do.
+        Every so many-th image. A batch with fewer images than processes is repeated, so
+        that none has nothing to do.
     """
     process, processes = share
     return chosen.repeat(math.ceil(processes / len(chosen)))[process::processes]
 
+
 def epoch_loader(
-    dataset: Dataset, transform: Callable | None, batch_size: int, seed: int = 0, epoch: int = 0, workers: int = 0,
-    shuffle: bool = True, make_batch: Callable[[Sequence], Batch] = collate, start: int = 0,
+    dataset: Dataset,
+    transform: Callable | None,
+    batch_size: int,
+    seed: int = 0,
+    epoch: int = 0,
+    workers: int = 0,
+    shuffle: bool = True,
+    make_batch: Callable[[Sequence], Batch] = collate,
+    start: int = 0,
     share: tuple[int, int] = (0, 1),
 ) -> DataLoader:
-    """Batches of one epoch for images of any size; they are the same for any number of workers.
+    """Batches of one epoch for images of any size; they are the same for any number of
+    workers.
 
     Args:
         dataset: gives uint8 images and targets; has `names` and `category_ids`.
@@ -971,14 +1375,27 @@ def epoch_loader(
         shuffle: visit the images in an order drawn from (seed, epoch).
         make_batch: makes a batch of samples.
         start: batches at the beginning of the epoch that are left out, unread.
-        share: which process this is, and how many share the epoch; each takes its part of every batch.
+        share: which process this is, and how many share the epoch; each takes its part
+            of every batch.
     """
-    order = epoch_order(len(dataset), seed, epoch) if shuffle else torch.arange(len(dataset))
-    batches = [own_part(chosen, share).tolist() for chosen in order.split(batch_size)[start:] if len(chosen)]
+    order = (
+        epoch_order(len(dataset), seed, epoch)
+        if shuffle
+        else torch.arange(len(dataset))
+    )
+    batches = [
+        own_part(chosen, share).tolist()
+        for chosen in order.split(batch_size)[start:]
+        if len(chosen)
+    ]
     return DataLoader(
-        Transformed(dataset, transform, seed, epoch), batch_sampler=batches, num_workers=workers,
-        collate_fn=make_batch, pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else each epoch would draw from the global generator
+        Transformed(dataset, transform, seed, epoch),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=make_batch,
+        pin_memory=torch.cuda.is_available(),
+        # else each epoch would draw from the global generator
+        generator=torch.Generator(),
     )
 
 # %% ../nbs/05_data.ipynb #5a10ad01
@@ -998,23 +1415,36 @@ class EpochLoader:
         """Number of batches of an epoch."""
         return math.ceil(len(self.dataset) / self.batch_size)
 
-    def epoch(self, number: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
-        """The batches of one epoch from batch `start` on, or of each the part of one process; see `epoch_loader`."""
+    def epoch(
+        self, number: int, start: int = 0, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[Batch]:
+        """The batches of one epoch from batch `start` on, or of each the part of one
+        process; see `epoch_loader`."""
         data, rule = self.dataset, self.dataset.preprocess
         make_batch = partial(collate, mean=rule.mean, std=rule.std)
         loader = epoch_loader(
-            data.dataset, data.transform, self.batch_size, self.seed, number, data.workers, make_batch=make_batch,
-            start=start, share=share,
+            data.dataset,
+            data.transform,
+            self.batch_size,
+            self.seed,
+            number,
+            data.workers,
+            make_batch=make_batch,
+            start=start,
+            share=share,
         )
         return iter(loader)
 
+
 class Augmented(Dataset):
-    """A dataset to train on, whose images pass a transform that draws anew in each epoch.
+    """A dataset to train on, whose images pass a transform that draws anew in each
+    epoch.
 
     Args:
         dataset: gives uint8 images and targets; has `names` and `category_ids`.
         transform: a torchvision v2 transform, such as `train_transform()`.
-        preprocess: what is done to a picture when the trained model predicts; its mean and deviation hold here too.
+        preprocess: what is done to a picture when the trained model predicts; its mean
+            and deviation hold here too.
         workers: processes that read ahead; 0 reads in this one.
 
     Raises:
@@ -1022,11 +1452,23 @@ class Augmented(Dataset):
     """
 
     def __init__(
-        self, dataset: Dataset, transform: Callable | None, preprocess: Preprocess = Preprocess(), workers: int = 0
+        self,
+        dataset: Dataset,
+        transform: Callable | None,
+        preprocess: Preprocess = Preprocess(),
+        workers: int = 0,
     ):
         if not len(dataset):
-            raise ValueError("Augmented(dataset): there are 0 images in it: does its split or file list any?")
-        self.dataset, self.transform, self.preprocess, self.workers = dataset, transform, preprocess, workers
+            raise ValueError(
+                "Augmented(dataset): there are 0 images in it: does its split or file"
+                " list any?"
+            )
+        self.dataset, self.transform, self.preprocess, self.workers = (
+            dataset,
+            transform,
+            preprocess,
+            workers,
+        )
         self.names, self.category_ids = dataset.names, dataset.category_ids
 
     def __len__(self) -> int:
@@ -1055,13 +1497,21 @@ class MemoryDataset(Dataset):
     """
 
     def __init__(
-        self, images: UInt8[Tensor, "n 3 y x"], targets: Sequence[Target], names: Sequence[str],
+        self,
+        images: UInt8[Tensor, "n 3 y x"],
+        targets: Sequence[Target],
+        names: Sequence[str],
         category_ids: Sequence[int] | None = None,
     ):
         if len(images) != len(targets):
-            raise ValueError(f"{len(images)} images, but {len(targets)} targets: give one target for each image")
+            raise ValueError(
+                f"{len(images)} images, but {len(targets)} targets: give one target for"
+                " each image"
+            )
         self.images, self.targets, self.names = images, list(targets), list(names)
-        self.category_ids = list(range(len(self.names)) if category_ids is None else category_ids)
+        self.category_ids = list(
+            range(len(self.names)) if category_ids is None else category_ids
+        )
         self.preprocess = Preprocess(size=tuple(images.shape[2:]))
 
     def __len__(self) -> int:
@@ -1075,60 +1525,107 @@ class MemoryDataset(Dataset):
         """Batches to train on."""
         return MemoryLoader(self, batch_size, seed)
 
+
 def in_memory(dataset: Dataset, size: tuple[int, int]) -> MemoryDataset:
-    """Read a whole dataset, every picture resized to (height, width); results are still reported in original pixels.
+    """Read a whole dataset, every picture resized to (height, width); results are still
+    reported in original pixels.
 
     Raises:
         ValueError: if the dataset has no images.
     """
     if not len(dataset):
-        raise ValueError("in_memory(dataset): there are 0 images in it: does its split or file list any?")
+        raise ValueError(
+            "in_memory(dataset): there are 0 images in it: does its split or file list"
+            " any?"
+        )
     resize = v2.Resize(list(size))
-    images, targets = zip(*(apply_transform(resize, *dataset[i]) for i in range(len(dataset))), strict=True)
-    return MemoryDataset(torch.stack(images), targets, dataset.names, dataset.category_ids)
+    images, targets = zip(
+        *(apply_transform(resize, *dataset[i]) for i in range(len(dataset))),
+        strict=True,
+    )
+    return MemoryDataset(
+        torch.stack(images), targets, dataset.names, dataset.category_ids
+    )
 
 # %% ../nbs/05_data.ipynb #905446de
-FLIP_X, FLIP_Y, TRANSPOSE = 1, 2, 4  # a symmetry is a sum of these: transpose first, then flip
+# a symmetry is a sum of these: transpose first, then flip
+FLIP_X, FLIP_Y, TRANSPOSE = 1, 2, 4
 
-def turn_image(image: Shaped[Tensor, "*n y x"], symmetry: int) -> Shaped[Tensor, "*n _ _"]:
-    """Apply one of the eight symmetries of the square, numbered 0 to 7, to an image or to masks."""
+
+def turn_image(
+    image: Shaped[Tensor, "*n y x"], symmetry: int
+) -> Shaped[Tensor, "*n _ _"]:
+    """Apply one of the eight symmetries of the square, numbered 0 to 7, to an image or
+    to masks."""
     if symmetry & TRANSPOSE:
         image = image.transpose(-1, -2)
-    return image.flip([axis for axis, bit in ((-1, FLIP_X), (-2, FLIP_Y)) if symmetry & bit])
+    return image.flip(
+        [axis for axis, bit in ((-1, FLIP_X), (-2, FLIP_Y)) if symmetry & bit]
+    )
 
-def turn_boxes(boxes: Float[Tensor, "n 4"], symmetry: Int[Tensor, " n"]) -> Float[Tensor, "n 4"]:
+
+def turn_boxes(
+    boxes: Float[Tensor, "n 4"], symmetry: Int[Tensor, " n"]
+) -> Float[Tensor, "n 4"]:
     """Apply a symmetry to each box; the same numbers as in `turn_image`."""
-    transpose, flips = symmetry[:, None] & TRANSPOSE, symmetry[:, None] & torch.tensor((FLIP_X, FLIP_Y))
+    transpose, flips = (
+        symmetry[:, None] & TRANSPOSE,
+        symmetry[:, None] & torch.tensor((FLIP_X, FLIP_Y)),
+    )
     boxes = torch.where(transpose > 0, boxes[:, [1, 0, 3, 2]], boxes)
     centre = torch.where(flips > 0, 1 - boxes[:, :2], boxes[:, :2])
     return torch.cat((centre, boxes[:, 2:]), 1)
 
 # %% ../nbs/05_data.ipynb #972ae0c0
-def turn_targets(targets: Sequence[Target], symmetry: Int[Tensor, " b"]) -> list[Target]:
+def turn_targets(
+    targets: Sequence[Target], symmetry: Int[Tensor, " b"]
+) -> list[Target]:
     """Turn boxes and masks of a batch, each image by its own symmetry."""
     counts = [len(target["boxes"]) for target in targets]
     each = symmetry.repeat_interleave(torch.tensor(counts))
-    boxes = turn_boxes(torch.cat([target["boxes"] for target in targets]), each).split(counts)
-    turned = [Target(**{**target, "boxes": part}) for target, part in zip(targets, boxes, strict=True)]
+    boxes = turn_boxes(torch.cat([target["boxes"] for target in targets]), each).split(
+        counts
+    )
+    turned = [
+        Target(**{**target, "boxes": part})
+        for target, part in zip(targets, boxes, strict=True)
+    ]
     for target, turn in zip(turned, symmetry.tolist(), strict=True):
         if "masks" in target:
             target["masks"] = turn_image(target["masks"], turn)
     return turned
 
-def turned_batch(dataset: MemoryDataset, chosen: Int[Tensor, " b"], symmetry: Int[Tensor, " b"]) -> Batch:
-    """Gather some images, each turned by its own symmetry; normalised, channels last in memory."""
+
+def turned_batch(
+    dataset: MemoryDataset, chosen: Int[Tensor, " b"], symmetry: Int[Tensor, " b"]
+) -> Batch:
+    """Gather some images, each turned by its own symmetry; normalised, channels last in
+    memory."""
     places = chosen.tolist()
-    images = torch.stack([turn_image(dataset.images[i], s) for i, s in zip(places, symmetry.tolist(), strict=True)])
+    images = torch.stack(
+        [
+            turn_image(dataset.images[i], s)
+            for i, s in zip(places, symmetry.tolist(), strict=True)
+        ]
+    )
     images = normalise(images).contiguous(memory_format=torch.channels_last)
     pad = torch.zeros(len(images), *images.shape[2:], dtype=torch.bool)
-    return Batch(images, pad, turn_targets([dataset.targets[i] for i in places], symmetry))
+    return Batch(
+        images, pad, turn_targets([dataset.targets[i] for i in places], symmetry)
+    )
 
 # %% ../nbs/05_data.ipynb #2413a797
-def random_symmetries(dataset: MemoryDataset, seed: int, epoch: int) -> Int[Tensor, " n"]:
-    """The symmetry of every image in one epoch: one of eight if images are square, else one of the four flips."""
+def random_symmetries(
+    dataset: MemoryDataset, seed: int, epoch: int
+) -> Int[Tensor, " n"]:
+    """The symmetry of every image in one epoch: one of eight if images are square, else
+    one of the four flips."""
     height, width = dataset.images.shape[2:]
     generator = np.random.default_rng((seed, epoch, 1))
-    return torch.from_numpy(generator.integers(8 if height == width else 4, size=len(dataset)))
+    return torch.from_numpy(
+        generator.integers(8 if height == width else 4, size=len(dataset))
+    )
+
 
 class MemoryLoader:
     """Batches of a `MemoryDataset`; needs no worker processes.
@@ -1142,7 +1639,12 @@ class MemoryLoader:
     """
 
     def __init__(
-        self, dataset: MemoryDataset, batch_size: int, seed: int = 0, augment: bool = True, shuffle: bool = True
+        self,
+        dataset: MemoryDataset,
+        batch_size: int,
+        seed: int = 0,
+        augment: bool = True,
+        shuffle: bool = True,
     ):
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.augment, self.shuffle = augment, shuffle
@@ -1151,10 +1653,17 @@ class MemoryLoader:
         """Number of batches of an epoch."""
         return math.ceil(len(self.dataset) / self.batch_size)
 
-    def epoch(self, number: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
-        """The batches of one epoch from batch `start` on, or of each the part of one process; see `epoch_loader`."""
+    def epoch(
+        self, number: int, start: int = 0, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[Batch]:
+        """The batches of one epoch from batch `start` on, or of each the part of one
+        process; see `epoch_loader`."""
         count = len(self.dataset)
-        order = epoch_order(count, self.seed, number) if self.shuffle else torch.arange(count)
+        order = (
+            epoch_order(count, self.seed, number)
+            if self.shuffle
+            else torch.arange(count)
+        )
         symmetry = random_symmetries(self.dataset, self.seed, number) * self.augment
         for chosen in order.split(self.batch_size)[start:]:
             mine = own_part(chosen, share)

@@ -39,34 +39,59 @@ class Archive(NamedTuple):
     holds: str
     files: int
 
+
 def coco_mirrors(path: str) -> tuple[str, ...]:
-    """Addresses of a file of COCO: its bucket with encryption and without, and a copy on the Hugging Face hub."""
+    """Addresses of a file of COCO: its bucket with encryption and without, and a copy
+    on the Hugging Face hub."""
     hub = "https://huggingface.co/datasets/pcuenq/coco-2017-mirror/resolve/main"
-    homes = ("https://s3.amazonaws.com/images.cocodataset.org", "http://images.cocodataset.org")
+    homes = (
+        "https://s3.amazonaws.com/images.cocodataset.org",
+        "http://images.cocodataset.org",
+    )
     return *(f"{home}/{path}" for home in homes), f"{hub}/{path.rpartition('/')[2]}"
 
-# Sizes and hashes: tensorflow_datasets/url_checksums/coco.txt and tensorflow_datasets/datasets/bccd/checksums.tsv of
-# github.com/tensorflow/datasets; those of COCO's images also in pytorch/vision.
+
+# Sizes and hashes: tensorflow_datasets/url_checksums/coco.txt and
+# tensorflow_datasets/datasets/bccd/checksums.tsv of github.com/tensorflow/datasets;
+# those of COCO's images also in pytorch/vision.
 COCO_2017 = {
     "annotations": Archive(
-        "annotations_trainval2017.zip", 252_907_541, "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
-        coco_mirrors("annotations/annotations_trainval2017.zip"), "annotations", 6,
+        "annotations_trainval2017.zip",
+        252_907_541,
+        "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
+        coco_mirrors("annotations/annotations_trainval2017.zip"),
+        "annotations",
+        6,
     ),
     "val": Archive(
-        "val2017.zip", 815_585_330, "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
-        coco_mirrors("zips/val2017.zip"), "val2017", 5_000,
+        "val2017.zip",
+        815_585_330,
+        "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
+        coco_mirrors("zips/val2017.zip"),
+        "val2017",
+        5_000,
     ),
     "train": Archive(
-        "train2017.zip", 19_336_861_798, "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
-        coco_mirrors("zips/train2017.zip"), "train2017", 118_287,
+        "train2017.zip",
+        19_336_861_798,
+        "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
+        coco_mirrors("zips/train2017.zip"),
+        "train2017",
+        118_287,
     ),
 }
 BCCD = Archive(
-    "bccd.zip", 7_875_205, "97af5cc16d14d293fcb3c82a8f66e49b0339a8d0abd8e9508e0feeb4911caa1f",
-    ("https://github.com/Shenggan/BCCD_Dataset/archive/v1.0.zip",
-     "https://codeload.github.com/Shenggan/BCCD_Dataset/zip/refs/tags/v1.0"),
-    "BCCD_Dataset-1.0/BCCD/JPEGImages", 364,
+    "bccd.zip",
+    7_875_205,
+    "97af5cc16d14d293fcb3c82a8f66e49b0339a8d0abd8e9508e0feeb4911caa1f",
+    (
+        "https://github.com/Shenggan/BCCD_Dataset/archive/v1.0.zip",
+        "https://codeload.github.com/Shenggan/BCCD_Dataset/zip/refs/tags/v1.0",
+    ),
+    "BCCD_Dataset-1.0/BCCD/JPEGImages",
+    364,
 )
+
 
 def in_words(size: int) -> str:
     """A number of bytes for people."""
@@ -76,10 +101,12 @@ def in_words(size: int) -> str:
 class DownloadError(OSError):
     """A file that did not come, or not the right one."""
 
+
 def received(part: Path, archive: Archive) -> int:
     """How many bytes are there to go on from."""
     have = part.stat().st_size if part.exists() else 0
     return have if have <= archive.size else 0
+
 
 def open_from(address: str, start: int) -> HTTPResponse:
     """Ask for a file, from a byte on.
@@ -87,12 +114,17 @@ def open_from(address: str, start: int) -> HTTPResponse:
     Raises:
         DownloadError: if the server answers with an error.
     """
-    headers = {"User-Agent": "detr_nb"} | ({"Range": f"bytes={start}-"} if start else {})
+    headers = {"User-Agent": "detr_nb"} | (
+        {"Range": f"bytes={start}-"} if start else {}
+    )
     try:
         return urlopen(Request(address, headers=headers), timeout=60)
     except HTTPError as error:
         error.close()  # else it keeps the connection
-        raise DownloadError(f"the server answers {error.code}, {error.reason}") from None
+        raise DownloadError(
+            f"the server answers {error.code}, {error.reason}"
+        ) from None
+
 
 def transfer(address: str, part: Path, archive: Archive, quiet: bool) -> None:
     """One attempt: append to `part` what is missing.
@@ -108,7 +140,14 @@ def transfer(address: str, part: Path, archive: Archive, quiet: bool) -> None:
         offered = start + int(reply.headers["Content-Length"] or archive.size - start)
         if offered != archive.size:
             raise DownloadError(f"it offers {offered} bytes instead of {archive.size}")
-        bar = tqdm(total=archive.size, initial=start, unit="B", unit_scale=True, desc=archive.name, disable=quiet)
+        bar = tqdm(
+            total=archive.size,
+            initial=start,
+            unit="B",
+            unit_scale=True,
+            desc=archive.name,
+            disable=quiet,
+        )
         with part.open("ab" if start else "wb") as file, bar:
             while block := reply.read(1 << 20):
                 bar.update(file.write(block))
@@ -125,16 +164,28 @@ def check_hash(file: Path, archive: Archive) -> None:
     with file.open("rb") as content:
         found = hashlib.file_digest(content, "sha256").hexdigest()
     if found != archive.sha256:
-        raise DownloadError(f"{file.name} has the wrong content: its sha256 is {found} instead of {archive.sha256}")
+        raise DownloadError(
+            f"{file.name} has the wrong content: its sha256 is {found} instead of"
+            f" {archive.sha256}"
+        )
+
 
 def by_hand(archive: Archive, place: Path, failures: dict[str, Exception]) -> str:
     """What to do when no mirror gave a file."""
-    reasons = "".join(f"\n  {address}: {type(error).__name__}: {error}" for address, error in failures.items())
-    return (f"{archive.name} ({in_words(archive.size)}) could not be fetched:{reasons}\nCall again to go on where it "
-            f"stopped. Or fetch it by another way from one of these addresses, save it as {place}, and call again.")
+    reasons = "".join(
+        f"\n  {address}: {type(error).__name__}: {error}"
+        for address, error in failures.items()
+    )
+    return (
+        f"{archive.name} ({in_words(archive.size)}) could not be"
+        f" fetched:{reasons}\nCall again to go on where it stopped. Or fetch it by"
+        f" another way from one of these addresses, save it as {place}, and call again."
+    )
+
 
 def fetch(archive: Archive, folder: Path | str, quiet: bool = False) -> Path:
-    """Download a file, or what is missing of it, and check it; if it is there already, only check it.
+    """Download a file, or what is missing of it, and check it; if it is there already,
+    only check it.
 
     Args:
         archive: what to fetch.
@@ -142,7 +193,8 @@ def fetch(archive: Archive, folder: Path | str, quiet: bool = False) -> Path:
         quiet: show no progress.
 
     Raises:
-        DownloadError: if no mirror has the file, or the one that is there has another content.
+        DownloadError: if no mirror has the file, or the one that is there has another
+            content.
     """
     place, failures = Path(folder) / archive.name, {}
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -170,15 +222,22 @@ def is_there(archive: Archive, folder: Path) -> bool:
     inside = folder / archive.holds
     return inside.is_dir() and sum(1 for _ in inside.iterdir()) >= archive.files
 
+
 def unpack(file: Path, folder: Path, quiet: bool) -> None:
-    """Unpack what is not there yet; each member is checked by the sum that the zip file holds."""
+    """Unpack what is not there yet; each member is checked by the sum that the zip file
+    holds."""
     with zipfile.ZipFile(file) as archive:
-        for member in tqdm(archive.infolist(), f"unpacking {file.name}", unit="files", disable=quiet):
+        for member in tqdm(
+            archive.infolist(), f"unpacking {file.name}", unit="files", disable=quiet
+        ):
             place = folder / member.filename
             if not (place.is_file() and place.stat().st_size == member.file_size):
                 archive.extract(member, folder)
 
-def download(archives: Iterable[Archive], folder: Path | str, quiet: bool = False) -> Path:
+
+def download(
+    archives: Iterable[Archive], folder: Path | str, quiet: bool = False
+) -> Path:
     """Fetch and unpack what is missing, after saying how much it is.
 
     Args:
@@ -190,28 +249,43 @@ def download(archives: Iterable[Archive], folder: Path | str, quiet: bool = Fals
         The folder.
 
     Raises:
-        DownloadError: if there is too little room, a file cannot be fetched, or it holds fewer files than it should.
+        DownloadError: if there is too little room, a file cannot be fetched, or it
+            holds fewer files than it should.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     missing = [archive for archive in archives if not is_there(archive, folder)]
-    sizes, need = (", ".join(f"{a.name} {in_words(a.size)}" for a in missing), sum(2 * a.size for a in missing))
+    sizes, need = (
+        ", ".join(f"{a.name} {in_words(a.size)}" for a in missing),
+        sum(2 * a.size for a in missing),
+    )
     if missing and not quiet:
         print(f"to fetch: {sizes}; with the unpacked files {in_words(need)} on disk")
-    have = sum(path.stat().st_size for a in missing for path in folder.glob(f"{a.name}*"))
+    have = sum(
+        path.stat().st_size for a in missing for path in folder.glob(f"{a.name}*")
+    )
     if need - have > (free := disk_usage(folder).free):
-        raise DownloadError(f"{sizes}: {in_words(need - have)} more are needed in {folder}, {in_words(free)} are free: "
-                            "make room, or choose another folder")
+        raise DownloadError(
+            f"{sizes}: {in_words(need - have)} more are needed in {folder},"
+            f" {in_words(free)} are free: make room, or choose another folder"
+        )
     for archive in missing:
         unpack(fetch(archive, folder, quiet), folder, quiet)
         if not is_there(archive, folder):
-            raise DownloadError(f"{folder / archive.holds} should hold {archive.files} files after unpacking: delete "
-                                f"that folder and {archive.name}, and call again")
+            raise DownloadError(
+                f"{folder / archive.holds} should hold {archive.files} files after"
+                f" unpacking: delete that folder and {archive.name}, and call again"
+            )
     return folder
 
 # %% ../nbs/92_downloads.ipynb #7c12d387
-def download_coco(folder: Path | str, parts: Iterable[str] = ("annotations", "val"), quiet: bool = False) -> Path:
-    """COCO 2017, for `CocoDataset(folder / "val2017", folder / "annotations" / "instances_val2017.json")`.
+def download_coco(
+    folder: Path | str,
+    parts: Iterable[str] = ("annotations", "val"),
+    quiet: bool = False,
+) -> Path:
+    """COCO 2017, for `CocoDataset(folder / "val2017", folder / "annotations" /
+    "instances_val2017.json")`.
 
     Args:
         folder: where to put it; made if it is missing.
@@ -224,11 +298,15 @@ def download_coco(folder: Path | str, parts: Iterable[str] = ("annotations", "va
     """
     parts = list(parts)
     if unknown := set(parts) - set(COCO_2017):
-        raise ValueError(f"parts: COCO 2017 has no {sorted(unknown)}: choose of {list(COCO_2017)}")
+        raise ValueError(
+            f"parts: COCO 2017 has no {sorted(unknown)}: choose of {list(COCO_2017)}"
+        )
     return download([COCO_2017[part] for part in parts], folder, quiet)
 
+
 def download_bccd(folder: Path | str, quiet: bool = False) -> Path:
-    """BCCD, 364 photographs of blood cells (MIT licence), for `VocDataset(download_bccd(folder), "train")`.
+    """BCCD, 364 photographs of blood cells (MIT licence), for
+    `VocDataset(download_bccd(folder), "train")`.
 
     Args:
         folder: where to put it; made if it is missing.

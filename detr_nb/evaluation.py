@@ -28,7 +28,14 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
-from .boxes import box_area, cxcywh_to_xyxy, intersection_and_union, pairwise_iou, scale_boxes, xyxy_to_xywh
+from detr_nb.boxes import (
+    box_area,
+    cxcywh_to_xyxy,
+    intersection_and_union,
+    pairwise_iou,
+    scale_boxes,
+    xyxy_to_xywh,
+)
 from .data import Batch, collate
 from .model import postprocess
 from .notation import Number, Target
@@ -49,9 +56,12 @@ def precision_recall(
 
 # %% ../nbs/11_evaluation.ipynb #afa45eed
 def average_precision(
-    precision: Float[np.ndarray, " n"], recall: Float[np.ndarray, " n"], points: int = 101
+    precision: Float[np.ndarray, " n"],
+    recall: Float[np.ndarray, " n"],
+    points: int = 101,
 ) -> float:
-    """Mean of the interpolated precision over evenly spaced levels of recall; 0 where a level is not reached.
+    """Mean of the interpolated precision over evenly spaced levels of recall; 0 where a
+    level is not reached.
 
     Args:
         precision: after each detection, best score first.
@@ -65,18 +75,25 @@ def average_precision(
 # %% ../nbs/11_evaluation.ipynb #72e6afbf
 COCO_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 
-def match(overlap: Float[np.ndarray, "n t"], thresholds: Float[np.ndarray, " k"]) -> Int[np.ndarray, "k n"]:
+
+def match(
+    overlap: Float[np.ndarray, "n t"], thresholds: Float[np.ndarray, " k"]
+) -> Int[np.ndarray, "k n"]:
     """Let each detection in turn take the free target that it overlaps most.
 
     Args:
-        overlap: IoU of every detection, best score first, with every target; negative where they must not meet.
+        overlap: IoU of every detection, best score first, with every target; negative
+            where they must not meet.
         thresholds: smallest IoU that counts, in (0, 1].
 
     Returns:
-        For each threshold the target that each detection takes, or -1. Of equal overlaps the last is taken, as
-        pycocotools does.
+        For each threshold the target that each detection takes, or -1. Of equal
+        overlaps the last is taken, as pycocotools does.
     """
-    owner, every = np.full((len(thresholds), len(overlap)), -1), np.arange(len(thresholds))
+    owner, every = (
+        np.full((len(thresholds), len(overlap)), -1),
+        np.arange(len(thresholds)),
+    )
     free = np.ones((len(thresholds), overlap.shape[1]), bool)
     for n, row in enumerate(overlap if overlap.size else ()):
         value = np.where(free, row, -1.0)[:, ::-1]
@@ -89,6 +106,7 @@ def match(overlap: Float[np.ndarray, "n t"], thresholds: Float[np.ndarray, " k"]
 # %% ../nbs/11_evaluation.ipynb #5731fcd4
 Detections = dict[str, Tensor | int]
 
+
 def image_size(target: Target) -> tuple[int, int]:
     """(height, width) of the image in which boxes are measured.
 
@@ -97,13 +115,17 @@ def image_size(target: Target) -> tuple[int, int]:
     """
     if "size" not in target:
         name = target.get("image_id", "without an id")
-        raise ValueError(f"the target of image {name} has no size, so its boxes cannot be measured in pixels: "
-                         "add size=(height, width)")
+        raise ValueError(
+            f"the target of image {name} has no size, so its boxes cannot be measured"
+            " in pixels: add size=(height, width)"
+        )
     height, width = target["size"]
     return int(height), int(width)
 
+
 def boxes_in_pixels(target: Target) -> Float[Tensor, "t 4"]:
-    """Corners of the target's boxes, in double precision so that equal inputs give equal IoU everywhere."""
+    """Corners of the target's boxes, in double precision so that equal inputs give
+    equal IoU everywhere."""
     return scale_boxes(cxcywh_to_xyxy(target["boxes"].double()), *image_size(target))
 
 # %% ../nbs/11_evaluation.ipynb #64b5053c
@@ -115,7 +137,8 @@ class Compared(NamedTuple):
         labels: of the detections.
         truth: labels of the targets that are no crowd.
         overlap: IoU of detections and these targets.
-        in_crowd: largest share of each detection that lies in one crowd region of its class.
+        in_crowd: largest share of each detection that lies in one crowd region of its
+            class.
     """
 
     scores: Float[np.ndarray, " n"]
@@ -124,31 +147,45 @@ class Compared(NamedTuple):
     overlap: Float[np.ndarray, "n t"]
     in_crowd: Float[np.ndarray, " n"]
 
+
 def crowd_share(
     boxes_xyxy: Float[Tensor, "n 4"],
     labels: Int[Tensor, " n"],
     crowds_xyxy: Float[Tensor, "k 4"],
     kinds: Int[Tensor, " k"],
 ) -> Float[Tensor, " n"]:
-    """Largest share of each box that lies in one crowd region of its class; 0 without such a region."""
+    """Largest share of each box that lies in one crowd region of its class; 0 without
+    such a region."""
     shared, _ = intersection_and_union(boxes_xyxy[:, None], crowds_xyxy[None])
     share = shared / box_area(boxes_xyxy)[:, None].clamp(min=1e-12)
     share = share.where(labels[:, None] == kinds, 0.0)
     return torch.cat((share, share.new_zeros(len(boxes_xyxy), 1)), 1).amax(1)
 
+
 def compare(target: Target, found: Detections) -> Compared:
     """Sort the detections of one image and measure how they overlap the targets."""
     order = found["scores"].argsort(descending=True, stable=True)
-    boxes, labels, truth = found["boxes"][order].double(), found["labels"][order], boxes_in_pixels(target)
+    boxes, labels, truth = (
+        found["boxes"][order].double(),
+        found["labels"][order],
+        boxes_in_pixels(target),
+    )
     crowd = target.get("crowd", torch.zeros(len(truth), dtype=torch.bool))
     in_crowd = crowd_share(boxes, labels, truth[crowd], target["labels"][crowd])
     overlap = pairwise_iou(boxes, truth[~crowd])
-    parts = found["scores"][order].double(), labels, target["labels"][~crowd], overlap, in_crowd
+    parts = (
+        found["scores"][order].double(),
+        labels,
+        target["labels"][~crowd],
+        overlap,
+        in_crowd,
+    )
     return Compared(*(part.numpy() for part in parts))
 
 # %% ../nbs/11_evaluation.ipynb #c404e4ec
 class Judged(NamedTuple):
-    """All detections of a dataset, falling by score, each found right or wrong at every threshold.
+    """All detections of a dataset, falling by score, each found right or wrong at every
+    threshold.
 
     Attributes:
         scores: of the detections.
@@ -164,6 +201,7 @@ class Judged(NamedTuple):
     counted: Bool[np.ndarray, "k n"]
     truth: Int[np.ndarray, " t"]
 
+
 def judge_image(
     seen: Compared, thresholds: Float[np.ndarray, " k"]
 ) -> tuple[Bool[np.ndarray, "k n"], Bool[np.ndarray, "k n"]]:
@@ -172,17 +210,27 @@ def judge_image(
     correct = match(np.where(same, seen.overlap, -1.0), thresholds) >= 0
     return correct, correct | (seen.in_crowd < thresholds[:, None])
 
+
 def judge(
-    targets: Sequence[Target], detections: Sequence[Detections], thresholds: Float[np.ndarray, " k"]
+    targets: Sequence[Target],
+    detections: Sequence[Detections],
+    thresholds: Float[np.ndarray, " k"],
 ) -> Judged:
     """Match every image of a dataset, and sort all detections into one list."""
-    seen = [compare(target, found) for target, found in zip(targets, detections, strict=True)]
+    seen = [
+        compare(target, found)
+        for target, found in zip(targets, detections, strict=True)
+    ]
     verdicts = [judge_image(image, thresholds) for image in seen]
     correct, counted = (np.concatenate(part, 1) for part in zip(*verdicts, strict=True))
-    columns = zip(*((image.scores, image.labels, image.truth) for image in seen), strict=True)
+    columns = zip(
+        *((image.scores, image.labels, image.truth) for image in seen), strict=True
+    )
     scores, labels, truth = (np.concatenate(column) for column in columns)
     order = np.argsort(-scores, kind="stable")
-    return Judged(scores[order], labels[order], correct[:, order], counted[:, order], truth)
+    return Judged(
+        scores[order], labels[order], correct[:, order], counted[:, order], truth
+    )
 
 # %% ../nbs/11_evaluation.ipynb #ec243c1f
 def ap_table(
@@ -191,12 +239,13 @@ def ap_table(
     classes: int,
     thresholds: Float[np.ndarray, " k"] = COCO_THRESHOLDS,
 ) -> Float[np.ndarray, "k c"]:
-    """AP of every class at every IoU threshold, from scratch; NaN for a class without objects.
+    """AP of every class at every IoU threshold, from scratch; NaN for a class without
+    objects.
 
     Args:
         targets: truth of every image, with `size`.
-        detections: `scores`, `labels` and `boxes` (xyxy in pixels) of every image, at most 100 a class and image if
-            the result shall equal COCO's.
+        detections: `scores`, `labels` and `boxes` (xyxy in pixels) of every image, at
+            most 100 a class and image if the result shall equal COCO's.
         classes: number of classes.
         thresholds: smallest IoU of a right detection.
     """
@@ -205,23 +254,33 @@ def ap_table(
     for k, c in np.ndindex(*table.shape):
         if count := int((judged.truth == c).sum()):
             chosen = (judged.labels == c) & judged.counted[k]
-            table[k, c] = average_precision(*precision_recall(judged.correct[k, chosen], count))
+            table[k, c] = average_precision(
+                *precision_recall(judged.correct[k, chosen], count)
+            )
     return table
 
 # %% ../nbs/11_evaluation.ipynb #64559203
-def coco_annotations(targets: Sequence[Target], category_ids: Sequence[int]) -> list[dict]:
-    """The truth as COCO annotations; images are numbered by their place, objects from 1 (0 would read as unmatched)."""
+def coco_annotations(
+    targets: Sequence[Target], category_ids: Sequence[int]
+) -> list[dict]:
+    """The truth as COCO annotations; images are numbered by their place, objects from 1
+    (0 would read as unmatched)."""
     rows = []
     for image, target in enumerate(targets):
-        boxed = {key: value for key, value in target.items() if key != "masks"} | {"size": image_size(target)}
+        boxed = {key: value for key, value in target.items() if key != "masks"} | {
+            "size": image_size(target)
+        }
         rows += coco_objects(Target(**boxed), image, category_ids)
     return [{"id": number} | row for number, row in enumerate(rows, 1)]
 
 # %% ../nbs/11_evaluation.ipynb #53b8ea69
 def coco_results(
-    detections: Sequence[Detections], category_ids: Sequence[int], image_ids: Sequence[int] | None = None
+    detections: Sequence[Detections],
+    category_ids: Sequence[int],
+    image_ids: Sequence[int] | None = None,
 ) -> list[dict]:
-    """Detections as COCO results: one dict a box, raw category ids, xywh in pixels; may be written as JSON.
+    """Detections as COCO results: one dict a box, raw category ids, xywh in pixels; may
+    be written as JSON.
 
     Args:
         detections: one an image.
@@ -231,26 +290,56 @@ def coco_results(
     if not detections:
         return []
     counts = [len(found["scores"]) for found in detections]
-    image = np.repeat(np.arange(len(detections)) if image_ids is None else np.asarray(image_ids), counts)
-    scores, labels, boxes = (torch.cat([found[key] for found in detections]) for key in ("scores", "labels", "boxes"))
+    image = np.repeat(
+        np.arange(len(detections)) if image_ids is None else np.asarray(image_ids),
+        counts,
+    )
+    scores, labels, boxes = (
+        torch.cat([found[key] for found in detections])
+        for key in ("scores", "labels", "boxes")
+    )
     category = np.asarray(category_ids)[labels.numpy()]
-    columns = (image.tolist(), xyxy_to_xywh(boxes.double()).tolist(), scores.tolist(), category.tolist())
-    return [{"image_id": i, "bbox": b, "score": s, "category_id": c} for i, b, s, c in zip(*columns, strict=True)]
+    columns = (
+        image.tolist(),
+        xyxy_to_xywh(boxes.double()).tolist(),
+        scores.tolist(),
+        category.tolist(),
+    )
+    return [
+        {"image_id": i, "bbox": b, "score": s, "category_id": c}
+        for i, b, s, c in zip(*columns, strict=True)
+    ]
 
 # %% ../nbs/11_evaluation.ipynb #d25e9bf0
-def coco_index(images: list[dict], annotations: list[dict], categories: list[dict]) -> COCO:
+def coco_index(
+    images: list[dict], annotations: list[dict], categories: list[dict]
+) -> COCO:
     """A pycocotools dataset held in memory."""
     coco = COCO()
-    coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
+    coco.dataset = {
+        "images": images,
+        "annotations": annotations,
+        "categories": categories,
+    }
     coco.createIndex()
     return coco
 
+
 def run_pycocotools(
-    targets: Sequence[Target], detections: Sequence[Detections], names: Sequence[str], category_ids: Sequence[int]
+    targets: Sequence[Target],
+    detections: Sequence[Detections],
+    names: Sequence[str],
+    category_ids: Sequence[int],
 ) -> COCOeval:
-    """Match and accumulate silently; the result holds `eval["precision"]` and `eval["recall"]`."""
-    categories = [{"id": i, "name": name} for i, name in zip(category_ids, names, strict=True)]
-    images = [{"id": i, "height": h, "width": w} for i, (h, w) in enumerate(map(image_size, targets))]
+    """Match and accumulate silently; the result holds `eval["precision"]` and
+    `eval["recall"]`."""
+    categories = [
+        {"id": i, "name": name} for i, name in zip(category_ids, names, strict=True)
+    ]
+    images = [
+        {"id": i, "height": h, "width": w}
+        for i, (h, w) in enumerate(map(image_size, targets))
+    ]
     found = coco_results(detections, category_ids)
     for i, row in enumerate(found, 1):
         row.update(id=i, area=row["bbox"][2] * row["bbox"][3], iscrowd=0)
@@ -263,12 +352,19 @@ def run_pycocotools(
 
 # %% ../nbs/11_evaluation.ipynb #de8c6d18
 def mean_of_present(values: Float[np.ndarray, "..."]) -> float:
-    """Mean of the entries that exist; pycocotools marks the others by -1. NaN if there are none."""
+    """Mean of the entries that exist; pycocotools marks the others by -1.
+
+    NaN if there are none.
+    """
     return float(values[values > -1].mean()) if (values > -1).any() else float("nan")
 
-def summary_of(job: COCOeval, names: Sequence[str], category_ids: Sequence[int]) -> dict[str, float | dict[str, float]]:
+
+def summary_of(
+    job: COCOeval, names: Sequence[str], category_ids: Sequence[int]
+) -> dict[str, float | dict[str, float]]:
     """The usual means over pycocotools' tables."""
-    precision, recall = job.eval["precision"], job.eval["recall"]  # threshold level class size limit, without level
+    # threshold level class size limit, without level
+    precision, recall = job.eval["precision"], job.eval["recall"]
     everything = precision[..., 0, 2]  # all sizes, at most 100 detections
     column = {category: k for k, category in enumerate(job.params.catIds)}
     sizes, limits = ("small", "medium", "large"), (1, 10, 100)
@@ -276,66 +372,108 @@ def summary_of(job: COCOeval, names: Sequence[str], category_ids: Sequence[int])
         "AP": mean_of_present(everything),
         "AP50": mean_of_present(everything[0]),
         "AP75": mean_of_present(everything[5]),
-        **{f"AP_{name}": mean_of_present(precision[..., a, 2]) for a, name in enumerate(sizes, 1)},
-        **{f"AR_{limit}": mean_of_present(recall[..., 0, m]) for m, limit in enumerate(limits)},
-        "per_class": {n: mean_of_present(everything[..., column[i]]) for n, i in zip(names, category_ids, strict=True)},
+        **{
+            f"AP_{name}": mean_of_present(precision[..., a, 2])
+            for a, name in enumerate(sizes, 1)
+        },
+        **{
+            f"AR_{limit}": mean_of_present(recall[..., 0, m])
+            for m, limit in enumerate(limits)
+        },
+        "per_class": {
+            n: mean_of_present(everything[..., column[i]])
+            for n, i in zip(names, category_ids, strict=True)
+        },
     }
 
 # %% ../nbs/11_evaluation.ipynb #b80678d8
-def check_labels(image: object, kind: str, labels: Int[Tensor, " n"], classes: int) -> None:
+def check_labels(
+    image: object, kind: str, labels: Int[Tensor, " n"], classes: int
+) -> None:
     """Refuse labels that are no contiguous ids.
 
     Raises:
         ValueError: naming image and range.
     """
     if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
-        raise ValueError(f"image {image}: {kind} labels go from {labels.min()} to {labels.max()}, but the classes are "
-                         f"0..{classes - 1}: map raw category ids to contiguous ids first")
+        raise ValueError(
+            f"image {image}: {kind} labels go from {labels.min()} to {labels.max()},"
+            f" but the classes are 0..{classes - 1}: map raw category ids to contiguous"
+            " ids first"
+        )
 
-def check_pairs(targets: Sequence[Target], detections: Sequence[Detections], classes: int) -> None:
+
+def check_pairs(
+    targets: Sequence[Target], detections: Sequence[Detections], classes: int
+) -> None:
     """Refuse detections that cannot belong to the targets.
 
     Raises:
-        ValueError: if lengths or image ids differ, a label is out of range, or a score or box is not finite.
+        ValueError: if lengths or image ids differ, a label is out of range, or a score
+            or box is not finite.
     """
     if len(targets) != len(detections):
-        raise ValueError(f"{len(targets)} targets and {len(detections)} detections: give one of each for every image")
+        raise ValueError(
+            f"{len(targets)} targets and {len(detections)} detections: give one of each"
+            " for every image"
+        )
     for place, (target, found) in enumerate(zip(targets, detections, strict=True)):
         image = target.get("image_id", place)
         if found.get("image_id", image) != image:
-            raise ValueError(f"entry {place} pairs the target of image {image} with detections of image "
-                             f"{found['image_id']}: keep one order")
+            raise ValueError(
+                f"entry {place} pairs the target of image {image} with detections of"
+                f" image {found['image_id']}: keep one order"
+            )
         if not (found["scores"].isfinite().all() and found["boxes"].isfinite().all()):
-            raise ValueError(f"detections of image {image} are not finite: the model's weights are probably NaN")
+            raise ValueError(
+                f"detections of image {image} are not finite: the model's weights are"
+                " probably NaN"
+            )
         check_labels(image, "target", target["labels"], classes)
         check_labels(image, "detection", found["labels"], classes)
 
 # %% ../nbs/11_evaluation.ipynb #097d0b35
 def on_cpu(row: dict) -> dict:
     """The same detections, or the same target, with all tensors on the CPU."""
-    return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in row.items()}
+    return {
+        key: value.cpu() if isinstance(value, Tensor) else value
+        for key, value in row.items()
+    }
+
 
 def coco_evaluate(
-    targets: Sequence[Target], detections: Sequence[Detections], names: Sequence[str], category_ids: Sequence[int]
+    targets: Sequence[Target],
+    detections: Sequence[Detections],
+    names: Sequence[str],
+    category_ids: Sequence[int],
 ) -> dict[str, float | dict[str, float]]:
     """COCO's metrics of any detections, by pycocotools; no model is involved.
 
     Args:
-        targets: truth of every image, with `size` (height, width); `crowd` and `area` (square pixels) are honoured.
-        detections: `scores`, `labels` (contiguous) and `boxes` (xyxy in pixels) of every image, in the same order.
+        targets: truth of every image, with `size` (height, width); `crowd` and `area`
+            (square pixels) are honoured.
+        detections: `scores`, `labels` (contiguous) and `boxes` (xyxy in pixels) of
+            every image, in the same order.
         names: name of every contiguous label.
         category_ids: raw id of every contiguous label.
 
     Returns:
-        AP, AP50, AP75, AP_small, AP_medium, AP_large, AR_1, AR_10, AR_100 and `per_class` (name: AP), all in [0, 1].
-        A figure for which there is no object (a size or a class that is absent) is NaN, not 0.
+        AP, AP50, AP75, AP_small, AP_medium, AP_large, AR_1, AR_10, AR_100 and
+        `per_class` (name: AP), all in [0, 1]. A figure for which there is no object (a
+        size or a class that is absent) is NaN, not 0.
 
     Raises:
-        ValueError: if targets and detections do not belong together, or a score or box is not finite.
+        ValueError: if targets and detections do not belong together, or a score or box
+            is not finite.
     """
-    targets, detections = [on_cpu(target) for target in targets], [on_cpu(found) for found in detections]
+    targets, detections = (
+        [on_cpu(target) for target in targets],
+        [on_cpu(found) for found in detections],
+    )
     check_pairs(targets, detections, len(names))
-    return summary_of(run_pycocotools(targets, detections, names, category_ids), names, category_ids)
+    return summary_of(
+        run_pycocotools(targets, detections, names, category_ids), names, category_ids
+    )
 
 # %% ../nbs/11_evaluation.ipynb #8b3659ca
 @contextmanager
@@ -350,8 +488,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 # %% ../nbs/11_evaluation.ipynb #3014e89c
-def relabel(found: Detections, source: Sequence[int], goal: Sequence[int]) -> Detections:
-    """Translate labels from one table of raw ids to another; classes that `goal` lacks are dropped.
+def relabel(
+    found: Detections, source: Sequence[int], goal: Sequence[int]
+) -> Detections:
+    """Translate labels from one table of raw ids to another; classes that `goal` lacks
+    are dropped.
 
     Args:
         found: detections of one image.
@@ -361,41 +502,69 @@ def relabel(found: Detections, source: Sequence[int], goal: Sequence[int]) -> De
     place = {raw: label for label, raw in enumerate(goal)}
     labels = torch.tensor([place.get(raw, -1) for raw in source])[found["labels"]]
     keep = labels >= 0
-    return {name: labels[keep] if name == "labels" else value[keep] for name, value in found.items()}
+    return {
+        name: labels[keep] if name == "labels" else value[keep]
+        for name, value in found.items()
+    }
 
 # %% ../nbs/11_evaluation.ipynb #15ddef63
 Detect = Callable[..., list[dict[str, Tensor]]]
 
+
 def way_out(model: nn.Module) -> Detect:
-    """What turns the model's output into detections: its own `postprocess`, or that of DETR if it has none."""
+    """What turns the model's output into detections: its own `postprocess`, or that of
+    DETR if it has none."""
     return getattr(model, "postprocess", postprocess)
+
 
 Collate = Callable[[Sequence], Batch]
 
+
 def batch_maker(model: nn.Module) -> Collate:
-    """`collate` with the colours that belong to the model's weights, if it has a `preprocess` that says them."""
+    """`collate` with the colours that belong to the model's weights, if it has a
+    `preprocess` that says them."""
     rule = getattr(model, "preprocess", None)
     return collate if rule is None else partial(collate, mean=rule.mean, std=rule.std)
+
 
 @torch.inference_mode()
 def detect(model: nn.Module, batch: Batch, to_detections: Detect) -> list[Detections]:
     """Detections of a batch in pixels of each target's size, on the CPU."""
     device = next(model.parameters(), torch.empty(0)).device
     out = model(**batch.to(device).inputs())
-    return [on_cpu(found) for found in to_detections(out, [image_size(target) for target in batch.targets])]
+    return [
+        on_cpu(found)
+        for found in to_detections(
+            out, [image_size(target) for target in batch.targets]
+        )
+    ]
+
 
 def predict_with_truth(
-    model: nn.Module, dataset: object, batch_size: int, to_detections: Detect | None, collate: Collate | None,
+    model: nn.Module,
+    dataset: object,
+    batch_size: int,
+    to_detections: Detect | None,
+    collate: Collate | None,
     places: Sequence[int] | None = None,
 ) -> Iterator[tuple[Target, Detections]]:
-    """Give truth and detections of every image of a dataset, or of some, under the dataset's labels."""
+    """Give truth and detections of every image of a dataset, or of some, under the
+    dataset's labels."""
     to_detections = to_detections or way_out(model)
-    source, make_batch = getattr(model, "category_ids", None), collate or batch_maker(model)
+    source, make_batch = (
+        getattr(model, "category_ids", None),
+        collate or batch_maker(model),
+    )
     places = range(len(dataset)) if places is None else places
     for start in range(0, len(places), batch_size):
         chosen = places[start : start + batch_size]
         items = [dataset[i] for i in chosen]
-        batch = make_batch([(image, {"size": tuple(image.shape[-2:]), **target}) for image, target in items])
+        batch = make_batch(
+            [
+                (image, {"size": tuple(image.shape[-2:]), **target})
+                for image, target in items
+            ]
+        )
         with evaluation_mode(model):
             rows = detect(model, batch, to_detections)
         for place, target, row in zip(chosen, batch.targets, rows, strict=True):
@@ -413,18 +582,27 @@ def predict(
     """Detections of every image of a dataset, under the dataset's own labels.
 
     Args:
-        model: maps `(images, pad)` to an `Output`. If it has `category_ids`, the raw id of each of its labels, its
-            labels are translated to the dataset's.
-        dataset: `dataset[i]` gives a uint8 image of the size that the model shall see, and a `Target`; has
-            `category_ids`.
+        model: maps `(images, pad)` to an `Output`. If it has `category_ids`, the raw id
+            of each of its labels, its labels are translated to the dataset's.
+        dataset: `dataset[i]` gives a uint8 image of the size that the model shall see,
+            and a `Target`; has `category_ids`.
         batch_size: images a forward pass.
-        to_detections: turns an output and sizes into detections; the model's `postprocess` if left out.
-        collate: normalises and pads the samples of a batch; None does it with the model's colours, by `batch_maker`.
+        to_detections: turns an output and sizes into detections; the model's
+            `postprocess` if left out.
+        collate: normalises and pads the samples of a batch; None does it with the
+            model's colours, by `batch_maker`.
 
     Returns:
-        `scores`, `labels`, `boxes` (xyxy in pixels of the target's `size`) and `image_id`, one an image, on the CPU.
+        `scores`, `labels`, `boxes` (xyxy in pixels of the target's `size`) and
+        `image_id`, one an image, on the CPU.
     """
-    return [found for _, found in predict_with_truth(model, dataset, batch_size, to_detections, collate)]
+    return [
+        found
+        for _, found in predict_with_truth(
+            model, dataset, batch_size, to_detections, collate
+        )
+    ]
+
 
 def evaluate(
     model: nn.Module,
@@ -434,31 +612,48 @@ def evaluate(
     collate: Collate | None = None,
     shared: bool = False,
 ) -> dict[str, float | dict[str, float]]:
-    """COCO's metrics of a model on a dataset; the model stays on its device and keeps its mode.
+    """COCO's metrics of a model on a dataset; the model stays on its device and keeps
+    its mode.
 
     Args:
         model: see `predict`.
         dataset: see `predict`; has `names` too, the name of every label.
         batch_size: images a forward pass.
-        to_detections: turns an output and sizes into detections; the model's `postprocess` if left out.
-        collate: normalises and pads the samples of a batch; None does it with the model's colours, by `batch_maker`.
-        shared: let the processes of a training run take every so many-th image each; all must call, and all get the
-            figures of the whole dataset.
+        to_detections: turns an output and sizes into detections; the model's
+            `postprocess` if left out.
+        collate: normalises and pads the samples of a batch; None does it with the
+            model's colours, by `batch_maker`.
+        shared: let the processes of a training run take every so many-th image each;
+            all must call, and all get the figures of the whole dataset.
 
     Returns:
         What `coco_evaluate` returns.
     """
     team = PartialState() if shared else None
-    places = range(team.process_index, len(dataset), team.num_processes) if team else range(len(dataset))
-    pairs = list(predict_with_truth(model, dataset, batch_size, to_detections, collate, places))
+    places = (
+        range(team.process_index, len(dataset), team.num_processes)
+        if team
+        else range(len(dataset))
+    )
+    pairs = list(
+        predict_with_truth(model, dataset, batch_size, to_detections, collate, places)
+    )
     if team:
-        pairs = [pair for _, pair in sorted(gather_object(list(zip(places, pairs, strict=True))), key=itemgetter(0))]
+        pairs = [
+            pair
+            for _, pair in sorted(
+                gather_object(list(zip(places, pairs, strict=True))), key=itemgetter(0)
+            )
+        ]
     targets, detections = [target for target, _ in pairs], [found for _, found in pairs]
     return coco_evaluate(targets, detections, dataset.names, dataset.category_ids)
 
 # %% ../nbs/11_evaluation.ipynb #46dc1436
 def pr_curve(
-    targets: Sequence[Target], detections: Sequence[Detections], label: int, threshold: Number = 0.5
+    targets: Sequence[Target],
+    detections: Sequence[Detections],
+    label: int,
+    threshold: Number = 0.5,
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """Precision, recall and score after each detection of one class.
 
@@ -473,8 +668,10 @@ def pr_curve(
     """
     judged = judge(targets, detections, np.array([float(threshold)]))
     if not (count := int((judged.truth == label).sum())):
-        raise ValueError(f"no target has the label {label}, so its recall is not defined: "
-                         f"choose one of {np.unique(judged.truth).tolist()}")
+        raise ValueError(
+            f"no target has the label {label}, so its recall is not defined: "
+            f"choose one of {np.unique(judged.truth).tolist()}"
+        )
     chosen = (judged.labels == label) & judged.counted[0]
     return *precision_recall(judged.correct[0, chosen], count), judged.scores[chosen]
 
@@ -496,12 +693,16 @@ def confusion_matrix(
         min_score: detections below it are not looked at.
 
     Returns:
-        Rows: true class, the last is "nothing there". Columns: predicted class, the last is "not found".
+        Rows: true class, the last is "nothing there". Columns: predicted class, the
+            last is "not found".
     """
     matrix = np.zeros((classes + 1, classes + 1), int)
     for seen in map(compare, targets, detections):
         shown = seen.scores >= min_score
-        owner, labels = match(seen.overlap[shown], np.array([float(threshold)]))[0], seen.labels[shown]
+        owner, labels = (
+            match(seen.overlap[shown], np.array([float(threshold)]))[0],
+            seen.labels[shown],
+        )
         hit, invented = owner >= 0, (owner < 0) & (seen.in_crowd[shown] < threshold)
         np.add.at(matrix, (seen.truth[owner[hit]], labels[hit]), 1)
         np.add.at(matrix, (classes, labels[invented]), 1)
@@ -511,23 +712,29 @@ def confusion_matrix(
 # %% ../nbs/11_evaluation.ipynb #d461ba24
 ERRORS = ("class", "localisation", "both", "duplicate", "background", "missed")
 
+
 def sort_errors(
     seen: Compared, threshold: Number, background: Number
 ) -> tuple[Shaped[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """The kind of every detection of an image, and the target that it found or nearly found (-1: none).
+    """The kind of every detection of an image, and the target that it found or nearly
+    found (-1: none).
 
     Detections in a crowd region are of the kind "ignored".
     """
-    edge = np.full((len(seen.labels), 1), -1.0)  # something to take the maximum of when there is no target
+    # something to take the maximum of when there is no target
+    edge = np.full((len(seen.labels), 1), -1.0)
     same = seen.labels[:, None] == seen.truth
     own = np.concatenate((np.where(same, seen.overlap, -1.0), edge), 1)
     other = np.concatenate((np.where(same, -1.0, seen.overlap), edge), 1)
     owner = match(own[:, :-1], np.array([float(threshold)]))[0]
     near, far = own.max(1), other.max(1)
     asked = {
-        "correct": owner >= 0, "ignored": seen.in_crowd >= threshold,
-        "duplicate": near >= threshold, "class": far >= threshold,
-        "localisation": near >= background, "both": far >= background,
+        "correct": owner >= 0,
+        "ignored": seen.in_crowd >= threshold,
+        "duplicate": near >= threshold,
+        "class": far >= threshold,
+        "localisation": near >= background,
+        "both": far >= background,
     }
     kind = np.select(list(asked.values()), list(asked), "background")
     about = [kind == "correct", kind == "class", kind == "localisation"]
@@ -540,7 +747,8 @@ class ErrorTable(NamedTuple):
     Attributes:
         labels: of the detections.
         kind: "correct" or one of `ERRORS`.
-        about: target that it found or nearly found, counted over the dataset; -1 for none.
+        about: target that it found or nearly found, counted over the dataset; -1 for
+            none.
         truth: labels of all targets.
     """
 
@@ -553,6 +761,7 @@ class ErrorTable(NamedTuple):
         """Targets that no detection found or nearly found."""
         return np.setdiff1d(np.arange(len(self.truth)), self.about)
 
+
 def error_table(
     targets: Sequence[Target],
     detections: Sequence[Detections],
@@ -563,12 +772,25 @@ def error_table(
     """Sort the detections of a dataset into kinds."""
     rows, first = [], 0
     for seen in map(compare, targets, detections):
-        shown, parts = seen.scores >= min_score, ("scores", "labels", "overlap", "in_crowd")
+        shown, parts = (
+            seen.scores >= min_score,
+            ("scores", "labels", "overlap", "in_crowd"),
+        )
         seen = seen._replace(**{name: getattr(seen, name)[shown] for name in parts})
         kind, about = sort_errors(seen, threshold, background)
-        rows.append((seen.scores, seen.labels, kind, np.where(about >= 0, about + first, -1), seen.truth))
+        rows.append(
+            (
+                seen.scores,
+                seen.labels,
+                kind,
+                np.where(about >= 0, about + first, -1),
+                seen.truth,
+            )
+        )
         first += len(seen.truth)
-    scores, labels, kind, about, truth = (np.concatenate(column) for column in zip(*rows, strict=True))
+    scores, labels, kind, about, truth = (
+        np.concatenate(column) for column in zip(*rows, strict=True)
+    )
     order = np.argsort(-scores, kind="stable")
     order = order[kind[order] != "ignored"]
     return ErrorTable(labels[order], kind[order], about[order], truth)
@@ -588,7 +810,8 @@ def error_breakdown(
         detections: of every image, in the same order.
         threshold: smallest IoU of a right detection.
         background: an IoU below it counts as no overlap.
-        min_score: detections below it are not looked at; 0 looks at all, most of which are background for DETR.
+        min_score: detections below it are not looked at; 0 looks at all, most of which
+            are background for DETR.
 
     Returns:
         "correct" and each of `ERRORS` with its count.
@@ -605,28 +828,53 @@ def mend(table: ErrorTable, kind: str) -> ErrorTable:
     if kind == "missed":
         lost = table.missed()
         found = np.concatenate((np.full(len(lost), "correct"), table.kind))
-        return ErrorTable(np.append(table.truth[lost], table.labels), found, np.append(lost, table.about), table.truth)
+        return ErrorTable(
+            np.append(table.truth[lost], table.labels),
+            found,
+            np.append(lost, table.about),
+            table.truth,
+        )
     wrong = table.kind == kind
-    open_targets = wrong & (table.about >= 0) & ~np.isin(table.about, table.about[table.kind == "correct"])
+    open_targets = (
+        wrong
+        & (table.about >= 0)
+        & ~np.isin(table.about, table.about[table.kind == "correct"])
+    )
     candidates = np.flatnonzero(open_targets)
-    mended = candidates[np.unique(table.about[candidates], return_index=True)[1]]  # the best one for each target
+    # the best one for each target
+    mended = candidates[np.unique(table.about[candidates], return_index=True)[1]]
     labels, kinds = table.labels.copy(), table.kind.copy()
     labels[mended], kinds[mended] = table.truth[table.about[mended]], "correct"
     keep = ~wrong
     keep[mended] = True
     return ErrorTable(labels[keep], kinds[keep], table.about[keep], table.truth)
 
+
 def table_ap(table: ErrorTable) -> float:
     """Mean AP of the classes that have targets."""
-    return float(np.mean([
-        average_precision(*precision_recall(table.kind[table.labels == c] == "correct", int((table.truth == c).sum())))
-        for c in np.unique(table.truth)
-    ]))
+    return float(
+        np.mean(
+            [
+                average_precision(
+                    *precision_recall(
+                        table.kind[table.labels == c] == "correct",
+                        int((table.truth == c).sum()),
+                    )
+                )
+                for c in np.unique(table.truth)
+            ]
+        )
+    )
+
 
 def error_gains(
-    targets: Sequence[Target], detections: Sequence[Detections], threshold: Number = 0.5, background: Number = 0.1
+    targets: Sequence[Target],
+    detections: Sequence[Detections],
+    threshold: Number = 0.5,
+    background: Number = 0.1,
 ) -> dict[str, float]:
-    """How much AP at one IoU threshold would rise if all errors of a kind were mended; all detections are looked at.
+    """How much AP at one IoU threshold would rise if all errors of a kind were mended;
+    all detections are looked at.
 
     Args:
         targets: truth of every image, with at least one object.

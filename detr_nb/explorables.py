@@ -11,7 +11,9 @@ __all__ = ['IMPORT', 'scripts', 'joined', 'Explorable', 'TwoBoxes', 'Matching', 
 try:
     import anywidget
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("the explorables need anywidget: pip install 'detr-nb[book]'", name=error.name) from error
+    raise ModuleNotFoundError(
+        "the explorables need anywidget: pip install 'detr-nb[book]'", name=error.name
+    ) from error
 
 # %% ../nbs/91_explorables.ipynb #c4737570
 import base64
@@ -39,11 +41,14 @@ from .positions import SinePositions
 # %% ../nbs/91_explorables.ipynb #e6c44d9f
 IMPORT = re.compile(r'^import \{[^}]*\} from "\./(\w+)\.js";\n', re.MULTILINE)
 
+
 def scripts(name: str) -> list[str]:
-    """Names of a script of `static/` and of all that it imports, each after those that it needs."""
+    """Names of a script of `static/` and of all that it imports, each after those that
+    it needs."""
     text = (files("detr_nb") / "static" / f"{name}.js").read_text("utf8")
     needed = [part for other in IMPORT.findall(text) for part in scripts(other)]
     return list(dict.fromkeys([*needed, name]))
+
 
 def joined(name: str) -> str:
     """One script that holds another and all that it imports: what anywidget takes.
@@ -51,13 +56,21 @@ def joined(name: str) -> str:
     Args:
         name: of a file in `static/` that exports `render`, without its ending.
     """
-    texts = [(files("detr_nb") / "static" / f"{part}.js").read_text("utf8") for part in scripts(name)]
-    bare = (re.sub(r"^export (?=function|const)", "", IMPORT.sub("", text), flags=re.MULTILINE) for text in texts)
+    texts = [
+        (files("detr_nb") / "static" / f"{part}.js").read_text("utf8")
+        for part in scripts(name)
+    ]
+    bare = (
+        re.sub(
+            r"^export (?=function|const)", "", IMPORT.sub("", text), flags=re.MULTILINE
+        )
+        for text in texts
+    )
     return "\n".join((*bare, "export default { render };\n"))
 
 # %% ../nbs/91_explorables.ipynb #1dcb08e7
 class Explorable(anywidget.AnyWidget):
-    """A figure that answers, and a still picture of it for places where no script runs."""
+    """A figure that answers, and a still picture for where no script runs."""
 
     _css = (files("detr_nb") / "static" / "explorables.css").read_text("utf8")
 
@@ -80,7 +93,10 @@ class Explorable(anywidget.AnyWidget):
 
     def _repr_mimebundle_(self, **options: object) -> tuple[dict, dict]:
         data, metadata = super()._repr_mimebundle_(**options)
-        picture = {"image/png": base64.b64encode(self.still()).decode(), "text/plain": self.in_words()}
+        picture = {
+            "image/png": base64.b64encode(self.still()).decode(),
+            "text/plain": self.in_words(),
+        }
         return data | picture, metadata | {"image/png": {"alt": self.in_words()}}
 
 # %% ../nbs/91_explorables.ipynb #b2af22e4
@@ -94,13 +110,18 @@ class TwoBoxes(Explorable):
     """
 
     _esm = joined("two_boxes")
-    prediction = traitlets.List(traitlets.Float(), [0.38, 0.42, 0.34, 0.34]).tag(sync=True)
+    prediction = traitlets.List(traitlets.Float(), [0.38, 0.42, 0.34, 0.34]).tag(
+        sync=True
+    )
     target = traitlets.List(traitlets.Float(), [0.6, 0.58, 0.36, 0.42]).tag(sync=True)
     loss = traitlets.Enum(["iou", "giou", "l1"], "giou").tag(sync=True)
 
     def draw(self) -> None:
         """Draw both boxes."""
-        sets = {"prediction": torch.tensor([self.prediction]), "target": torch.tensor([self.target])}
+        sets = {
+            "prediction": torch.tensor([self.prediction]),
+            "target": torch.tensor([self.target]),
+        }
         show_boxes(sets, {name: [name] for name in sets}, "Where does the loss push?")
 
     def in_words(self) -> str:
@@ -109,10 +130,12 @@ class TwoBoxes(Explorable):
 
 # %% ../nbs/91_explorables.ipynb #272a9024
 class Matching(Explorable):
-    """Drag predictions and targets, turn the weights of the cost, and see who belongs to whom (chapter 09).
+    """Drag predictions and targets, turn the weights of the cost, and see who belongs
+    to whom (chapter 09).
 
     Attributes:
-        predictions: of each its `box`, normalised cxcywh, and the `probabilities` of the classes.
+        predictions: of each its `box`, normalised cxcywh, and the `probabilities` of
+            the classes.
         targets: of each its `box` and its `label`, a place in `names`.
         names: of the classes.
         class_weight: of minus the probability of the target's class.
@@ -123,17 +146,23 @@ class Matching(Explorable):
 
     _esm = joined("matching")
     names = traitlets.List(traitlets.Unicode(), ["cat", "dog"]).tag(sync=True)
-    predictions = traitlets.List(traitlets.Dict(), [
-        {"box": [0.53, 0.32, 0.20, 0.34], "probabilities": [0.80, 0.10]},
-        {"box": [0.17, 0.38, 0.20, 0.34], "probabilities": [0.50, 0.40]},
-        {"box": [0.46, 0.77, 0.32, 0.26], "probabilities": [0.15, 0.75]},
-        {"box": [0.82, 0.70, 0.22, 0.26], "probabilities": [0.30, 0.60]},
-    ]).tag(sync=True)
-    targets = traitlets.List(traitlets.Dict(), [
-        {"box": [0.42, 0.34, 0.20, 0.34], "label": 0},
-        {"box": [0.70, 0.34, 0.20, 0.34], "label": 0},
-        {"box": [0.54, 0.80, 0.40, 0.26], "label": 1},
-    ]).tag(sync=True)
+    predictions = traitlets.List(
+        traitlets.Dict(),
+        [
+            {"box": [0.53, 0.32, 0.20, 0.34], "probabilities": [0.80, 0.10]},
+            {"box": [0.17, 0.38, 0.20, 0.34], "probabilities": [0.50, 0.40]},
+            {"box": [0.46, 0.77, 0.32, 0.26], "probabilities": [0.15, 0.75]},
+            {"box": [0.82, 0.70, 0.22, 0.26], "probabilities": [0.30, 0.60]},
+        ],
+    ).tag(sync=True)
+    targets = traitlets.List(
+        traitlets.Dict(),
+        [
+            {"box": [0.42, 0.34, 0.20, 0.34], "label": 0},
+            {"box": [0.70, 0.34, 0.20, 0.34], "label": 0},
+            {"box": [0.54, 0.80, 0.40, 0.26], "label": 1},
+        ],
+    ).tag(sync=True)
     class_weight = traitlets.Float(1.0).tag(sync=True)
     l1_weight = traitlets.Float(5.0).tag(sync=True)
     giou_weight = traitlets.Float(2.0).tag(sync=True)
@@ -144,12 +173,18 @@ class Matching(Explorable):
         sets = {"prediction": self.predictions, "target": self.targets}
         called = [self.names[one["label"]] for one in self.targets]
         labels = {"prediction": range(len(self.predictions)), "target": called}
-        boxes = {name: torch.tensor([one["box"] for one in things]) for name, things in sets.items()}
+        boxes = {
+            name: torch.tensor([one["box"] for one in things])
+            for name, things in sets.items()
+        }
         show_boxes(boxes, labels, "Who belongs to whom?")
 
     def in_words(self) -> str:
         """What the still picture shows."""
-        return f"An explorable figure: {len(self.predictions)} predictions and {len(self.targets)} targets in an image."
+        return (
+            f"An explorable figure: {len(self.predictions)} predictions and"
+            f" {len(self.targets)} targets in an image."
+        )
 
 # %% ../nbs/91_explorables.ipynb #ead45cd4
 class Positions(Explorable):
@@ -175,42 +210,68 @@ class Positions(Explorable):
         grid = torch.zeros(1, self.rows, self.columns, dtype=torch.bool)
         table = SinePositions(self.width, self.temperature)(grid)[0]
         title = f"Similarity with row {self.cell[0]}, column {self.cell[1]}"
-        heatmap(table @ table[tuple(self.cell)] / (self.width / 2), title=title, numbers=False)
+        heatmap(
+            table @ table[tuple(self.cell)] / (self.width / 2),
+            title=title,
+            numbers=False,
+        )
 
     def in_words(self) -> str:
         """What the still picture shows."""
         row, column = self.cell
-        return f"An explorable figure: similarity of every cell of a grid with the one in row {row}, column {column}."
+        return (
+            "An explorable figure: similarity of every cell of a grid with the one in"
+            f" row {row}, column {column}."
+        )
 
 # %% ../nbs/91_explorables.ipynb #a0db0a32
 def as_address(image: UInt8[Tensor, "3 y x"]) -> str:
     """A picture as an address that holds it (a JPEG of a few kilobytes)."""
     buffer = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(buffer, format="JPEG", quality=88)
+    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(
+        buffer, format="JPEG", quality=88
+    )
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
 
 def from_address(address: str) -> UInt8[Tensor, "3 y x"]:
     """The picture that such an address holds."""
-    return pil_to_tensor(Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))))
+    return pil_to_tensor(
+        Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2])))
+    )
+
 
 def rounded(numbers: Float[Tensor, "..."], digits: int = 4) -> list:
     """Numbers as nested lists, short enough for a page."""
     return np.round(numbers.detach().cpu().numpy().astype(float), digits).tolist()
 
+
 @torch.no_grad()
-def record_scene(model: nn.Module, image: UInt8[Tensor, "3 y x"], target: Target) -> dict[str, object]:
-    """What every decoder layer of a model says about an image, as plain values that a page can hold."""
+def record_scene(
+    model: nn.Module, image: UInt8[Tensor, "3 y x"], target: Target
+) -> dict[str, object]:
+    """What every decoder layer of a model says about an image, as plain values that a
+    page can hold."""
     out = model(model.preprocess(image)[None].to(next(model.parameters())))
     scores, labels = model.scores(out.logits[:, 0]).max(-1)  # i q
     layers = [
-        {"boxes": rounded(out.boxes[i, 0]), "scores": rounded(scores[i]), "labels": labels[i].tolist()}
+        {
+            "boxes": rounded(out.boxes[i, 0]),
+            "scores": rounded(scores[i]),
+            "labels": labels[i].tolist(),
+        }
         for i in range(len(scores))
     ]
-    return {"image": as_address(image), "layers": layers, "targets": rounded(target["boxes"])}
+    return {
+        "image": as_address(image),
+        "layers": layers,
+        "targets": rounded(target["boxes"]),
+    }
 
 # %% ../nbs/91_explorables.ipynb #bb43f11e
 class Layers(Explorable):
-    """Move through the decoder's layers: boxes settle and duplicates vanish; compare with NMS (chapter 13).
+    """Move through the decoder's layers: boxes settle and duplicates vanish; compare
+    with NMS (chapter 13).
 
     Attributes:
         scenes: what `record_scene` wrote.
@@ -234,19 +295,34 @@ class Layers(Explorable):
     def draw(self) -> None:
         """Draw the boxes of the first and of the last layer."""
         scene, titles = self.scenes[self.scene], ("first layer", "last layer")
-        ends, image = (scene["layers"][0], scene["layers"][-1]), from_address(scene["image"])
-        for title, layer, ax in zip(titles, ends, axes_grid(2, 2, 3.4, 3.4), strict=True):
-            seen = [query for query, score in enumerate(layer["scores"]) if score >= self.threshold]
-            boxes, labels, scores = (torch.tensor(layer[key])[seen] for key in ("boxes", "labels", "scores"))
+        ends, image = (
+            (scene["layers"][0], scene["layers"][-1]),
+            from_address(scene["image"]),
+        )
+        for title, layer, ax in zip(
+            titles, ends, axes_grid(2, 2, 3.4, 3.4), strict=True
+        ):
+            seen = [
+                query
+                for query, score in enumerate(layer["scores"])
+                if score >= self.threshold
+            ]
+            boxes, labels, scores = (
+                torch.tensor(layer[key])[seen] for key in ("boxes", "labels", "scores")
+            )
             show_image(image, boxes, labels, self.names, scores, title, ax)
 
     def in_words(self) -> str:
         """What the still picture shows."""
-        return "An explorable figure: what the first and the last decoder layer find in a drawn scene."
+        return (
+            "An explorable figure: what the first and the last decoder layer find in a"
+            " drawn scene."
+        )
 
 # %% ../nbs/91_explorables.ipynb #77594734
 def describe_cells(image: Float[Tensor, "3 y x"]) -> Float[Tensor, "s 8"]:
-    """Each cell in eight numbers: warm, green, light, grey, and its column and row as places on half a circle."""
+    """Each cell in eight numbers: warm, green, light, grey, and its column and row as
+    places on half a circle."""
     r, g, b = image
     light, spread = image.mean(0), image.amax(0) - image.amin(0)
     rows, columns = (torch.pi * (torch.arange(n) + 0.5) / n for n in image.shape[1:])
@@ -257,7 +333,8 @@ def describe_cells(image: Float[Tensor, "3 y x"]) -> Float[Tensor, "s 8"]:
 
 # %% ../nbs/91_explorables.ipynb #946017ec
 class Attention(Explorable):
-    """Pick the cell that asks, and see the shares of all cells in its answer, in one head or in several (chapter 01).
+    """Pick the cell that asks, and see the shares of all cells in its answer, in one
+    head or in several (chapter 01).
 
     Attributes:
         picture: rows of colours in [0, 1].
@@ -284,27 +361,51 @@ class Attention(Explorable):
 
     def draw(self) -> None:
         """Draw the picture and the mean of the heads' shares."""
-        cells = torch.tensor(self.features).unflatten(1, (self.heads, -1)).transpose(0, 1)[None]  # 1 h s k
+        # 1 h s k
+        cells = (
+            torch.tensor(self.features)
+            .unflatten(1, (self.heads, -1))
+            .transpose(0, 1)[None]
+        )
         rows, columns = len(self.picture), len(self.picture[0])
-        weights = attention_weights(self.strength * cells, cells)[0].mean(0)[self.query[0] * columns + self.query[1]]
+        weights = attention_weights(self.strength * cells, cells)[0].mean(0)[
+            self.query[0] * columns + self.query[1]
+        ]
         left, right = axes_grid(2, 2, 3.4, 2.8)
-        show_image(torch.tensor(self.picture).permute(2, 0, 1), title="the picture", ax=left)
-        heatmap(weights.unflatten(0, (rows, columns)), title="shares of the cells", numbers=False, ax=right)
+        show_image(
+            torch.tensor(self.picture).permute(2, 0, 1), title="the picture", ax=left
+        )
+        heatmap(
+            weights.unflatten(0, (rows, columns)),
+            title="shares of the cells",
+            numbers=False,
+            ax=right,
+        )
 
     def in_words(self) -> str:
         """What the still picture shows."""
         row, column = self.query
-        return f"An explorable figure: shares of the cells of a toy picture for a query in row {row}, column {column}."
+        return (
+            "An explorable figure: shares of the cells of a toy picture for a query in"
+            f" row {row}, column {column}."
+        )
 
 # %% ../nbs/91_explorables.ipynb #0499390b
 def packed(weights: Float[Tensor, "q s"]) -> str:
-    """Shares as a text of bytes: each is the root of a share, of the largest in its row."""
+    """Shares as a text of bytes: each is the root of a share, of the largest in its
+    row."""
     roots = (weights / weights.amax(-1, keepdim=True)).sqrt()
-    return base64.b64encode((255 * roots).round().to(torch.uint8).cpu().numpy().tobytes()).decode()
+    return base64.b64encode(
+        (255 * roots).round().to(torch.uint8).cpu().numpy().tobytes()
+    ).decode()
+
 
 @torch.no_grad()
-def record_gaze(model: nn.Module, image: UInt8[Tensor, "3 y x"], threshold: float = 0.5) -> dict[str, object]:
-    """The shares of a model's last encoder and last decoder layer for one image, as plain values that a page can hold.
+def record_gaze(
+    model: nn.Module, image: UInt8[Tensor, "3 y x"], threshold: float = 0.5
+) -> dict[str, object]:
+    """The shares of a model's last encoder and last decoder layer for one image, as
+    plain values that a page can hold.
 
     Args:
         model: a DETR in evaluation mode.
@@ -317,16 +418,28 @@ def record_gaze(model: nn.Module, image: UInt8[Tensor, "3 y x"], threshold: floa
     found = (scores >= threshold).nonzero().flatten()
     boxes, (rows, columns) = maps.out.boxes[-1, 0], maps.grid
     objects = [
-        {"box": rounded(boxes[q]), "label": int(labels[q]), "score": round(float(scores[q]), 4)} for q in found
+        {
+            "box": rounded(boxes[q]),
+            "label": int(labels[q]),
+            "score": round(float(scores[q]), 4),
+        }
+        for q in found
     ]
     heads = [packed(head[found]) for head in maps.cross[-1, 0]]
     encoder = packed(maps.encoder[-1, 0].mean(0))
-    return {"image": as_address(image), "rows": rows, "columns": columns, "encoder": encoder,
-            "decoder": heads, "objects": objects}
+    return {
+        "image": as_address(image),
+        "rows": rows,
+        "columns": columns,
+        "encoder": encoder,
+        "decoder": heads,
+        "objects": objects,
+    }
 
 # %% ../nbs/91_explorables.ipynb #3f10f935
 class Gaze(Explorable):
-    """See where a trained model looks: from a cell in the encoder, or from an object in the decoder (chapter 13).
+    """See where a trained model looks: from a cell in the encoder, or from an object in
+    the decoder (chapter 13).
 
     Attributes:
         record: what `record_gaze` wrote.
@@ -348,25 +461,49 @@ class Gaze(Explorable):
     def draw(self) -> None:
         """Draw the scene with the found objects, and the gaze of one of them."""
         found = self.record["objects"]
-        boxes, labels = (torch.tensor([one[key] for one in found]) for key in ("box", "label"))
+        boxes, labels = (
+            torch.tensor([one[key] for one in found]) for key in ("box", "label")
+        )
         grid = (-1, self.record["rows"], self.record["columns"])
-        heads = [np.frombuffer(base64.b64decode(head), np.uint8).reshape(grid) for head in self.record["decoder"]]
+        heads = [
+            np.frombuffer(base64.b64decode(head), np.uint8).reshape(grid)
+            for head in self.record["decoder"]
+        ]
         left, right = axes_grid(2, 2, 3.4, 3.4)
-        show_image(from_address(self.record["image"]), boxes, labels, self.names, title="what it finds", ax=left)
+        show_image(
+            from_address(self.record["image"]),
+            boxes,
+            labels,
+            self.names,
+            title="what it finds",
+            ax=left,
+        )
         title = f"where object {self.object + 1} looks"
         shares = [(head[self.object] / 255.0) ** 2 for head in heads]
-        heatmap(sum(share / share.sum() for share in shares) / len(shares), title=title, numbers=False, ax=right)
+        heatmap(
+            sum(share / share.sum() for share in shares) / len(shares),
+            title=title,
+            numbers=False,
+            ax=right,
+        )
 
     def in_words(self) -> str:
         """What the still picture shows."""
-        return "An explorable figure: the objects that a trained model finds in a scene, and where one of them looks."
+        return (
+            "An explorable figure: the objects that a trained model finds in a scene,"
+            " and where one of them looks."
+        )
 
 # %% ../nbs/91_explorables.ipynb #91f10002
 @torch.no_grad()
 def record_film(
-    model: nn.Module, film: Mapping[int, Mapping[str, Tensor]], image: UInt8[Tensor, "3 y x"], target: Target
+    model: nn.Module,
+    film: Mapping[int, Mapping[str, Tensor]],
+    image: UInt8[Tensor, "3 y x"],
+    target: Target,
 ) -> dict[str, object]:
-    """What a model said about one image at each copy of its weights, as plain values that a page can hold.
+    """What a model said about one image at each copy of its weights, as plain values
+    that a page can hold.
 
     Args:
         model: a DETR; it keeps the weights of the last copy.
@@ -380,15 +517,25 @@ def record_film(
         with evaluation_mode(model):
             out = model(images)
         scores, labels = model.scores(out.logits[-1, 0]).max(-1)
-        frames.append({
-            "step": step, "boxes": rounded(out.boxes[-1, 0], 3), "scores": rounded(scores, 3),
-            "labels": labels.tolist(), "matched": matched_queries(out, [target])[-1].tolist(),
-        })
-    return {"image": as_address(image), "frames": frames, "targets": rounded(target["boxes"])}
+        frames.append(
+            {
+                "step": step,
+                "boxes": rounded(out.boxes[-1, 0], 3),
+                "scores": rounded(scores, 3),
+                "labels": labels.tolist(),
+                "matched": matched_queries(out, [target])[-1].tolist(),
+            }
+        )
+    return {
+        "image": as_address(image),
+        "frames": frames,
+        "targets": rounded(target["boxes"]),
+    }
 
 # %% ../nbs/91_explorables.ipynb #91f10004
 class Film(Explorable):
-    """Move through a training: where each query predicts, and which object it is matched to (chapter 13).
+    """Move through a training: where each query predicts, and which object it is
+    matched to (chapter 13).
 
     Attributes:
         record: what `record_film` wrote.
@@ -406,13 +553,29 @@ class Film(Explorable):
     all = traitlets.Bool(True).tag(sync=True)
 
     def draw(self) -> None:
-        """Draw the boxes of the matched queries before the first and after the last step."""
+        """Draw the boxes of the matched queries before the first and after the last
+        step."""
         image, frames = from_address(self.record["image"]), self.record["frames"]
-        for frame, ax in zip((frames[0], frames[-1]), axes_grid(2, 2, 3.4, 3.4), strict=True):
+        for frame, ax in zip(
+            (frames[0], frames[-1]), axes_grid(2, 2, 3.4, 3.4), strict=True
+        ):
             matched = [query for query in frame["matched"] if query >= 0]
-            boxes, labels = torch.tensor(frame["boxes"])[matched], torch.tensor(frame["labels"])[matched]
-            show_image(image, boxes, labels, self.names, title=f"step {frame['step']}: the matched queries", ax=ax)
+            boxes, labels = (
+                torch.tensor(frame["boxes"])[matched],
+                torch.tensor(frame["labels"])[matched],
+            )
+            show_image(
+                image,
+                boxes,
+                labels,
+                self.names,
+                title=f"step {frame['step']}: the matched queries",
+                ax=ax,
+            )
 
     def in_words(self) -> str:
         """What the still picture shows."""
-        return "An explorable figure: the boxes of the matched queries in a scene before and after a training."
+        return (
+            "An explorable figure: the boxes of the matched queries in a scene before"
+            " and after a training."
+        )

@@ -39,7 +39,8 @@ def weights_of(attention: nn.Module, *inputs: object, **named: object) -> object
         named: more of them, by name.
 
     Returns:
-        The weights (b h q s) of a dense attention; what `look` says of any other, such as points and weights.
+        The weights (b h q s) of a dense attention; what `look` says of any other, such
+        as points and weights.
     """
     if not isinstance(attention, nn.MultiheadAttention):
         return attention.look(*inputs, **named)
@@ -49,14 +50,18 @@ def weights_of(attention: nn.Module, *inputs: object, **named: object) -> object
 
 # %% ../nbs/13_insight.ipynb #f15d5f03
 @contextmanager
-def watching(parts: Mapping[str, Sequence[nn.Module]]) -> Iterator[dict[str, list[Tensor]]]:
-    """While the block runs, collect the weights of attention modules; afterwards they are as before.
+def watching(
+    parts: Mapping[str, Sequence[nn.Module]],
+) -> Iterator[dict[str, list[Tensor]]]:
+    """While the block runs, collect the weights of attention modules; afterwards they
+    are as before.
 
     Args:
         parts: the modules of each role, as `attention_parts` gives them.
 
     Yields:
-        For each role what every forward pass looked at, in the order in which they happen: weights (`b h q s`) of
+        For each role what every forward pass looked at, in the order in which they
+            happen: weights (`b h q s`) of
         dense attention, what `look` says of any other.
     """
     seen = {role: [] for role in parts}
@@ -68,11 +73,17 @@ def watching(parts: Mapping[str, Sequence[nn.Module]]) -> Iterator[dict[str, lis
     with ExitStack() as hooks:
         for role, modules in parts.items():
             for part in modules:
-                hooks.enter_context(part.register_forward_pre_hook(partial(look, role), with_kwargs=True))
+                hooks.enter_context(
+                    part.register_forward_pre_hook(
+                        partial(look, role), with_kwargs=True
+                    )
+                )
         yield seen
 
 # %% ../nbs/13_insight.ipynb #8e9bbf99
-ROLES = {  # what looks at what: names of its modules in torch's transformer and in the authors' models
+# what looks at what: names of its modules in torch's transformer and in the authors'
+# models
+ROLES = {
     "encoder": r"encoder\.layers\.\d+\.self_attn$",
     "queries": r"decoder\.layers\.\d+\.self_attn$",
     "cross": r"decoder\.layers\.\d+\.multihead_attn$",
@@ -83,24 +94,38 @@ def attention_parts(model: nn.Module) -> dict[str, list[nn.Module]]:
     """The attention modules of a model by role, each role in the order of its layers.
 
     Args:
-        model: one of ours, which knows them (`model.attentions()`), or one that is built of torch's attention.
+        model: one of ours, which knows them (`model.attentions()`), or one that is
+            built of torch's attention.
 
     Raises:
         ValueError: if no query looks at the image through a module that can be asked.
     """
-    found = {name: part for name, part in model.named_modules() if isinstance(part, nn.MultiheadAttention)}
-    by_name = {role: [part for name, part in found.items() if re.search(names, name)] for role, names in ROLES.items()}
+    found = {
+        name: part
+        for name, part in model.named_modules()
+        if isinstance(part, nn.MultiheadAttention)
+    }
+    by_name = {
+        role: [part for name, part in found.items() if re.search(names, name)]
+        for role, names in ROLES.items()
+    }
     roles = model.attentions() if hasattr(model, "attentions") else by_name
-    asked = [part for part in roles["cross"] if hasattr(part, "look") or isinstance(part, nn.MultiheadAttention)]
+    asked = [
+        part
+        for part in roles["cross"]
+        if hasattr(part, "look") or isinstance(part, nn.MultiheadAttention)
+    ]
     if not asked:
-        raise ValueError(f"no cross-attention in {type(model).__name__} can be asked what it looks at (attention "
-                         f"modules found: {', '.join(found) or 'none'}): give a whole DETR, or watch its parts "
-                         "yourself with `watching`")
+        raise ValueError(
+            f"no cross-attention in {type(model).__name__} can be asked what it looks"
+            f" at (attention modules found: {', '.join(found) or 'none'}): give a whole"
+            " DETR, or watch its parts yourself with `watching`"
+        )
     return roles
 
 # %% ../nbs/13_insight.ipynb #a71f2f10
 def cells_of(
-    made: Memory | Float[Tensor, "b d y x"]
+    made: Memory | Float[Tensor, "b d y x"],
 ) -> tuple[Float[Tensor, "b s 2"], Bool[Tensor, "b s"], tuple[int, int]]:
     """Centres, padding and grid of the cells that a model makes of its images.
 
@@ -112,15 +137,19 @@ def cells_of(
     """
     if isinstance(made, Memory):
         if len(made.shapes) != 1:
-            raise ValueError(f"the memory has {len(made.shapes)} grids, {made.shapes}: weights over them are no one "
-                             "picture; collect them with `watching`, and cut them at the levels")
+            raise ValueError(
+                f"the memory has {len(made.shapes)} grids, {made.shapes}: weights over"
+                " them are no one picture; collect them with `watching`, and cut them"
+                " at the levels"
+            )
         return made.xy, made.pad, made.shapes[0]
     pad = torch.zeros_like(made[:, 0], dtype=torch.bool)  # b y x
     return cell_centres(pad).flatten(1, 2), pad.flatten(1), tuple(pad.shape[1:])
 
 # %% ../nbs/13_insight.ipynb #3f9ab5e9
 class AttentionMaps(NamedTuple):
-    """All attention weights of one forward pass, before dropout; a role that was not asked for is None.
+    """All attention weights of one forward pass, before dropout; a role that was not
+    asked for is None.
 
     Attributes:
         encoder: from cells to cells, for each encoder layer.
@@ -143,49 +172,77 @@ class AttentionMaps(NamedTuple):
 # %% ../nbs/13_insight.ipynb #411f4599
 @torch.no_grad()
 def attention_maps(
-    model: nn.Module, images: Float[Tensor, "*n 3 y x"], pad: Bool[Tensor, "*n y x"] | None = None,
-    roles: Sequence[str] = tuple(ROLES), **more: Float[Tensor, "..."],
+    model: nn.Module,
+    images: Float[Tensor, "*n 3 y x"],
+    pad: Bool[Tensor, "*n y x"] | None = None,
+    roles: Sequence[str] = tuple(ROLES),
+    **more: Float[Tensor, "..."],
 ) -> AttentionMaps:
-    """Run a model once, and keep its attention weights outside of it. The model keeps its mode.
+    """Run a model once, and keep its attention weights outside of it. The model keeps
+    its mode.
 
     Args:
         model: a DETR, or the demonstration model.
         images: normalised, as for the model.
         pad: True where there is padding.
-        roles: which of `ROLES` to keep. The encoder's table grows with the square of the number of cells.
+        roles: which of `ROLES` to keep. The encoder's table grows with the square of
+            the number of cells.
         more: other inputs of the model, such as cameras.
 
     Returns:
         Weights, cells and predictions, on the CPU wherever the model is.
 
     Raises:
-        ValueError: if a role is unknown, or the model has no weights or no grid to show.
+        ValueError: if a role is unknown, or the model has no weights or no grid to
+            show.
     """
-    parts, source = attention_parts(model), getattr(model, "memory", getattr(model, "conv", None))
+    parts, source = (
+        attention_parts(model),
+        getattr(model, "memory", getattr(model, "conv", None)),
+    )
     if set(roles) - ROLES.keys() or source is None:
-        raise ValueError(f"roles are some of {', '.join(ROLES)}, got {', '.join(roles)}; and the model needs a part "
-                         "called memory (or conv) that makes the cells")
+        raise ValueError(
+            f"roles are some of {', '.join(ROLES)}, got {', '.join(roles)}; and the"
+            " model needs a part called memory (or conv) that makes the cells"
+        )
     made, device = [], next(model.parameters()).device
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
-        stack.enter_context(source.register_forward_hook(lambda part, inputs, answer: made.append(cells_of(answer))))
+        stack.enter_context(
+            source.register_forward_hook(
+                lambda part, inputs, answer: made.append(cells_of(answer))
+            )
+        )
         seen = stack.enter_context(watching({role: parts[role] for role in roles}))
         told = {name: value.to(device) for name, value in more.items()}
         out = model(images.to(device), None if pad is None else pad.to(device), **told)
-    if not all(isinstance(weights, Tensor) for looks in seen.values() for weights in looks):
-        raise ValueError(f"{type(model).__name__} looks at points, not at all cells: collect them and their weights "
-                         "with `watching`")
-    stacked = {role: torch.stack(seen[role]).cpu() if seen.get(role) else None for role in ROLES}
+    if not all(
+        isinstance(weights, Tensor) for looks in seen.values() for weights in looks
+    ):
+        raise ValueError(
+            f"{type(model).__name__} looks at points, not at all cells: collect them"
+            " and their weights with `watching`"
+        )
+    stacked = {
+        role: torch.stack(seen[role]).cpu() if seen.get(role) else None
+        for role in ROLES
+    }
     xy, hidden, grid = made[0]
-    return AttentionMaps(**stacked, xy=xy.cpu(), pad=hidden.cpu(), grid=grid, out=out.apply(Tensor.cpu))
+    return AttentionMaps(
+        **stacked, xy=xy.cpu(), pad=hidden.cpu(), grid=grid, out=out.apply(Tensor.cpu)
+    )
 
 # %% ../nbs/13_insight.ipynb #4d142dce
-def as_grid(weights: Float[Tensor, "*n s"], grid: tuple[int, int]) -> Float[Tensor, "*n y x"]:
+def as_grid(
+    weights: Float[Tensor, "*n s"], grid: tuple[int, int]
+) -> Float[Tensor, "*n y x"]:
     """Weights over a list of cells as a picture of `grid` (rows, columns)."""
     return weights.unflatten(-1, grid)
 
 
-def nearest_cell(maps: AttentionMaps, point: tuple[Number, Number], image: int = 0) -> int:
+def nearest_cell(
+    maps: AttentionMaps, point: tuple[Number, Number], image: int = 0
+) -> int:
     """The cell nearest to a point of an image; never padding.
 
     Args:
@@ -197,20 +254,26 @@ def nearest_cell(maps: AttentionMaps, point: tuple[Number, Number], image: int =
         ValueError: if the point is outside.
     """
     if not all(0 <= number <= 1 for number in point):
-        raise ValueError(f"a point is (x, y) from 0 to 1 over the image, got {point}: divide pixels by its width and "
-                         "height")
+        raise ValueError(
+            f"a point is (x, y) from 0 to 1 over the image, got {point}: divide pixels"
+            " by its width and height"
+        )
     distance = (maps.xy[image] - maps.xy.new_tensor(point)).norm(dim=-1)
     return int(distance.masked_fill(maps.pad[image], torch.inf).argmin())
 
 # %% ../nbs/13_insight.ipynb #e960fdfd
-def cells_inside(xy: Float[Tensor, "b s 2"], boxes: Float[Tensor, "b n 4"]) -> Bool[Tensor, "b n s"]:
+def cells_inside(
+    xy: Float[Tensor, "b s 2"], boxes: Float[Tensor, "b n 4"]
+) -> Bool[Tensor, "b n s"]:
     """True where the centre of a cell lies inside a box (normalised cxcywh)."""
     distance = (xy[:, None] - boxes[:, :, None, :2]).abs()  # b n s 2
     return (distance < boxes[:, :, None, 2:] / 2).all(-1)
 
 
 def share_inside(
-    weights: Float[Tensor, "b h n s"], xy: Float[Tensor, "b s 2"], boxes: Float[Tensor, "b n 4"]
+    weights: Float[Tensor, "b h n s"],
+    xy: Float[Tensor, "b s 2"],
+    boxes: Float[Tensor, "b n 4"],
 ) -> Float[Tensor, "b h n"]:
     """The part of the weight of each row that lies inside the row's box.
 
@@ -223,9 +286,11 @@ def share_inside(
 
 # %% ../nbs/13_insight.ipynb #858bdff7
 def attention_entropy(weights: Float[Tensor, "*n s"]) -> Float[Tensor, "*n"]:
-    """Entropy of each row of weights in nats: 0 for a look at one cell, ln s for a look at all alike.
+    """Entropy of each row of weights in nats: 0 for a look at one cell, ln s for a look
+    at all alike.
 
-    Its exponential is a number of cells: as many as would share the weight equally at the same entropy.
+    Its exponential is a number of cells: as many as would share the weight equally at
+    the same entropy.
 
     Args:
         weights: at least 0, each row with the sum 1; zeros count nothing.
@@ -235,11 +300,13 @@ def attention_entropy(weights: Float[Tensor, "*n s"]) -> Float[Tensor, "*n"]:
 # %% ../nbs/13_insight.ipynb #558b7478
 @dataclass(frozen=True)
 class Filmed(ModelConfig):
-    """A source of models, for `TrainConfig`, which keeps copies of the weights while its model trains.
+    """A source of models, for `TrainConfig`, which keeps copies of the weights while
+    its model trains.
 
     Args:
         source: makes the model.
-        every: training steps from one copy to the next; the first is that of the fresh weights.
+        every: training steps from one copy to the next; the first is that of the fresh
+            weights.
 
     Attributes:
         film: the copies by step.
@@ -247,24 +314,33 @@ class Filmed(ModelConfig):
 
     source: ModelConfig
     every: Count = 20
-    film: dict[int, dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    film: dict[int, dict[str, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def build(self, num_classes: int) -> DETR:
-        """Make the model, with its camera: a hook that counts the passes in training mode."""
+        """Make the model, with its camera: a hook that counts the passes in training
+        mode."""
         model, steps = self.source.build(num_classes), count()
 
         def camera(model: nn.Module, inputs: tuple) -> None:
             if model.training and (step := next(steps)) % self.every == 0:
-                self.film[step] = {name: value.clone() for name, value in model.state_dict().items()}
+                self.film[step] = {
+                    name: value.clone() for name, value in model.state_dict().items()
+                }
 
         model.register_forward_pre_hook(camera)
         return model
 
 # %% ../nbs/13_insight.ipynb #47711b94
 def in_box_frame(
-    weights: Float[Tensor, "n s"], xy: Float[Tensor, "n s 2"], boxes: Float[Tensor, "n 4"], bins: int = 16
+    weights: Float[Tensor, "n s"],
+    xy: Float[Tensor, "n s 2"],
+    boxes: Float[Tensor, "n 4"],
+    bins: int = 16,
 ) -> Float[Tensor, "y x"]:
-    """The mean of rows of weights, each seen from its box: the frame reaches one box side from the centre to each side.
+    """The mean of rows of weights, each seen from its box: the frame reaches one box
+    side from the centre to each side.
 
     Args:
         weights: one row a box.
@@ -273,19 +349,26 @@ def in_box_frame(
         bins: rows and columns of the answer; the box covers the middle half of them.
 
     Returns:
-        The weight in each bin. What lies outside the frame is left out, so the sum may be below 1.
+        The weight in each bin. What lies outside the frame is left out, so the sum may
+        be below 1.
     """
     place = ((xy - boxes[:, None, :2]) / boxes[:, None, 2:] + 1) / 2 * bins  # n s 2
     column, line = place.floor().long().unbind(-1)
     inside = ((place >= 0) & (place < bins)).all(-1)
-    picture = weights.new_zeros(bins * bins).index_add(0, (line * bins + column)[inside], weights[inside])
+    picture = weights.new_zeros(bins * bins).index_add(
+        0, (line * bins + column)[inside], weights[inside]
+    )
     return picture.unflatten(0, (bins, bins)) / max(len(weights), 1)
 
 # %% ../nbs/13_insight.ipynb #005653e4
 def rivals(
-    scores: Float[Tensor, "b q"], boxes: Float[Tensor, "b q 4"], threshold: Number = 0.5, overlap: Number = 0.5
+    scores: Float[Tensor, "b q"],
+    boxes: Float[Tensor, "b q 4"],
+    threshold: Number = 0.5,
+    overlap: Number = 0.5,
 ) -> Bool[Tensor, "b q q"]:
-    """True at (loser, winner): their boxes overlap, the winner's score passes, the loser's does not.
+    """True at (loser, winner): their boxes overlap, the winner's score passes, the
+    loser's does not.
 
     Args:
         scores: of each query.
@@ -294,12 +377,19 @@ def rivals(
         overlap: from this IoU on two boxes stand on the same place.
     """
     corners, sure = cxcywh_to_xyxy(boxes), scores >= threshold
-    return (pairwise_iou(corners, corners) >= overlap) & ~sure[:, :, None] & sure[:, None, :]
+    return (
+        (pairwise_iou(corners, corners) >= overlap)
+        & ~sure[:, :, None]
+        & sure[:, None, :]
+    )
 
 # %% ../nbs/13_insight.ipynb #0698a5d0
 @torch.no_grad()
-def predict_layers(model: nn.Module, dataset: object, batch_size: int = 16) -> tuple[Output, list[Target]]:
-    """What every decoder layer says about every image of a dataset, and the truth. The model keeps its mode.
+def predict_layers(
+    model: nn.Module, dataset: object, batch_size: int = 16
+) -> tuple[Output, list[Target]]:
+    """What every decoder layer says about every image of a dataset, and the truth. The
+    model keeps its mode.
 
     Args:
         model: maps `(images, pad)` to an `Output`.
@@ -307,12 +397,23 @@ def predict_layers(model: nn.Module, dataset: object, batch_size: int = 16) -> t
         batch_size: images a forward pass.
 
     Returns:
-        Logits `i n q c` and boxes `i n q 4` of all n images, under the model's own labels, on the CPU; and the targets.
+        Logits `i n q c` and boxes `i n q 4` of all n images, under the model's own
+        labels, on the CPU; and the targets.
     """
-    make_batch, device, parts, truths = batch_maker(model), next(model.parameters()).device, [], []
+    make_batch, device, parts, truths = (
+        batch_maker(model),
+        next(model.parameters()).device,
+        [],
+        [],
+    )
     with evaluation_mode(model):
         for start in range(0, len(dataset), batch_size):
-            batch = make_batch([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
+            batch = make_batch(
+                [
+                    dataset[i]
+                    for i in range(start, min(start + batch_size, len(dataset)))
+                ]
+            )
             out = model(**batch.to(device).inputs()).apply(Tensor.cpu)
             parts.append((out.logits, out.boxes))
             truths += batch.targets
@@ -322,27 +423,38 @@ def predict_layers(model: nn.Module, dataset: object, batch_size: int = 16) -> t
 def matched_queries(
     out: Output, targets: Sequence[Target], matcher: HungarianMatcher | None = None
 ) -> Int[Tensor, "i n"]:
-    """The query that each object is matched to at each layer; -1 if there are more objects than queries.
+    """The query that each object is matched to at each layer; -1 if there are more
+    objects than queries.
 
     Args:
         out: predictions for all images.
         targets: one an image; their objects are counted through.
         matcher: DETR's own if left out.
     """
-    rows = [[torch.full((len(target["labels"]),), -1) for target in targets] for _ in out.logits]
-    for row, layer in zip(rows, (matcher or HungarianMatcher())(out, targets), strict=True):
+    rows = [
+        [torch.full((len(target["labels"]),), -1) for target in targets]
+        for _ in out.logits
+    ]
+    for row, layer in zip(
+        rows, (matcher or HungarianMatcher())(out, targets), strict=True
+    ):
         for place, (query, target) in zip(row, layer, strict=True):
             place[target] = query
     return torch.stack([torch.cat(row) for row in rows])
 
 # %% ../nbs/13_insight.ipynb #cc3e0255
 def count_repeats(
-    found: Mapping[str, Tensor], target: Target, threshold: Number = 0.5, overlap: Number = 0.5
+    found: Mapping[str, Tensor],
+    target: Target,
+    threshold: Number = 0.5,
+    overlap: Number = 0.5,
 ) -> int:
-    """How many confident detections of an image repeat one: right class, same object, not the first.
+    """How many confident detections of an image repeat one: right class, same object,
+    not the first.
 
     Args:
-        found: `scores`, `labels` and normalised `boxes` (xyxy), as `postprocess` gives them for the size (1, 1).
+        found: `scores`, `labels` and normalised `boxes` (xyxy), as `postprocess` gives
+            them for the size (1, 1).
         target: the truth.
         threshold: from this score on a detection counts.
         overlap: from this IoU on it belongs to the object that it overlaps most.
@@ -355,12 +467,16 @@ def count_repeats(
     return int((torch.bincount(owner[best >= overlap]) - 1).clamp(min=0).sum())
 
 # %% ../nbs/13_insight.ipynb #93f3c7f3
-def drop_repeats(found: Mapping[str, Tensor], overlap: Number = 0.5) -> dict[str, Tensor]:
-    """Non-maximum suppression, class by class: what is left of the detections of an image, the best first.
+def drop_repeats(
+    found: Mapping[str, Tensor], overlap: Number = 0.5
+) -> dict[str, Tensor]:
+    """Non-maximum suppression, class by class: what is left of the detections of an
+    image, the best first.
 
     Args:
         found: `scores`, `labels` and `boxes` (xyxy).
-        overlap: a detection goes if it overlaps a better one of its class by more than this IoU.
+        overlap: a detection goes if it overlaps a better one of its class by more than
+            this IoU.
     """
     keep = batched_nms(found["boxes"], found["scores"], found["labels"], float(overlap))
     return {name: value[keep] for name, value in found.items()}
@@ -368,11 +484,13 @@ def drop_repeats(found: Mapping[str, Tensor], overlap: Number = 0.5) -> dict[str
 # %% ../nbs/13_insight.ipynb #76e0536c
 @contextmanager
 def switched_off(parts: Sequence[nn.Module]) -> Iterator[None]:
-    """While the block runs, these sublayers answer zero, so that they add nothing to what comes in.
+    """While the block runs, these sublayers answer zero, so that they add nothing to
+    what comes in.
 
     Args:
         parts: modules of a model, such as `attention_parts(model)["queries"]`.
     """
+
     def silence(part: nn.Module, inputs: tuple, answer: object) -> object:
         if isinstance(answer, tuple):  # torch's attention gives its weights too
             return torch.zeros_like(answer[0]), *answer[1:]

@@ -18,13 +18,21 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .matcher import CostTerm, HungarianMatcher, Matches, PaddedTargets, class_cost, pad_targets
+from detr_nb.matcher import (
+    CostTerm,
+    HungarianMatcher,
+    Matches,
+    PaddedTargets,
+    class_cost,
+    pad_targets,
+)
 from .model import DETR, PlaneBoxes, SoftmaxScores
 from .notation import Number, Output, Target
 
 # %% ../nbs/10_losses.ipynb #284e84f2
 class MatchedPairs(NamedTuple):
-    """All matches of all layers as index lists; every layer has the same number of pairs.
+    """All matches of all layers as index lists; every layer has the same number of
+    pairs.
 
     Attributes:
         layer: decoder layer of each pair.
@@ -38,20 +46,28 @@ class MatchedPairs(NamedTuple):
     query: Int[Tensor, "i m"]
     target: Int[Tensor, "i m"]
 
+
 def stack_matches(matches: Matches, device: torch.device) -> MatchedPairs:
     """Turn the matcher's nested lists into index tensors on `device`."""
     rows = [
-        torch.stack((torch.full_like(query, i), torch.full_like(query, b), query, target))
-        for i, layer in enumerate(matches) for b, (query, target) in enumerate(layer)
+        torch.stack(
+            (torch.full_like(query, i), torch.full_like(query, b), query, target)
+        )
+        for i, layer in enumerate(matches)
+        for b, (query, target) in enumerate(layer)
     ]
     table = torch.cat(rows, 1).unflatten(1, (len(matches), -1))  # 4 i m
     return MatchedPairs(*table.to(device, non_blocking=True))
 
 # %% ../nbs/10_losses.ipynb #e9a79f7d
 def target_classes(
-    pairs: MatchedPairs, targets: PaddedTargets, logits: Float[Tensor, "i b q c"], spare: int = 1
+    pairs: MatchedPairs,
+    targets: PaddedTargets,
+    logits: Float[Tensor, "i b q c"],
+    spare: int = 1,
 ) -> Int[Tensor, "i b q"]:
-    """The class every query should predict: its target's if matched, else the number of classes, no-object.
+    """The class every query should predict: its target's if matched, else the number of
+    classes, no-object.
 
     Args:
         pairs: who belongs to whom.
@@ -59,55 +75,85 @@ def target_classes(
         logits: of every query; only their shape is used.
         spare: columns of the logits that are no class; DETR has one, for no-object.
     """
-    classes = torch.full(logits.shape[:-1], logits.shape[-1] - spare, device=logits.device)
-    classes[pairs.layer, pairs.image, pairs.query] = targets.labels[pairs.image, pairs.target]
+    classes = torch.full(
+        logits.shape[:-1], logits.shape[-1] - spare, device=logits.device
+    )
+    classes[pairs.layer, pairs.image, pairs.query] = targets.labels[
+        pairs.image, pairs.target
+    ]
     return classes
 
 # %% ../nbs/10_losses.ipynb #6ab71139
 def classification_loss(
-    logits: Float[Tensor, "i b q c"], classes: Int[Tensor, "i b q"], no_object_weight: Number,
+    logits: Float[Tensor, "i b q c"],
+    classes: Int[Tensor, "i b q"],
+    no_object_weight: Number,
     total_weight: Number | None = None,
 ) -> Float[Tensor, " i"]:
-    """Cross-entropy as a weighted mean over all queries of a layer; no-object counts with its own weight.
+    """Cross-entropy as a weighted mean over all queries of a layer; no-object counts
+    with its own weight.
 
     Args:
         logits: class scores before the softmax; the last column is no-object.
         classes: the class every query should predict.
-        no_object_weight: weight of queries that should predict no-object; all others weigh 1.
-        total_weight: what the sum is divided by; the weights of these queries if left out.
+        no_object_weight: weight of queries that should predict no-object; all others
+            weigh 1.
+        total_weight: what the sum is divided by; the weights of these queries if left
+            out.
 
     Source: Carion et al. 2020, section 3.1.
     """
-    log_probability = logits.float().log_softmax(-1).gather(-1, classes[..., None])[..., 0]
+    log_probability = (
+        logits.float().log_softmax(-1).gather(-1, classes[..., None])[..., 0]
+    )
     weight = torch.where(classes == logits.shape[-1] - 1, no_object_weight, 1.0)
-    return -(weight * log_probability).sum((1, 2)) / (weight.sum((1, 2)) if total_weight is None else total_weight)
+    return -(weight * log_probability).sum((1, 2)) / (
+        weight.sum((1, 2)) if total_weight is None else total_weight
+    )
 
 # %% ../nbs/10_losses.ipynb #1b9cc708
 @torch.no_grad()
-def class_error(logits: Float[Tensor, "m c"], labels: Int[Tensor, " m"]) -> Float[Tensor, ""]:
-    """Per cent of matched queries whose most likely class is wrong; 100 if nothing is matched."""
+def class_error(
+    logits: Float[Tensor, "m c"], labels: Int[Tensor, " m"]
+) -> Float[Tensor, ""]:
+    """Per cent of matched queries whose most likely class is wrong; 100 if nothing is
+    matched."""
     right = (logits.argmax(-1) == labels).float().sum()
     return 100 - 100 * right / max(len(labels), 1)
 
 # %% ../nbs/10_losses.ipynb #4f5090bd
 @torch.no_grad()
-def cardinality_error(claimed: Bool[Tensor, "i b q"], counts: Sequence[int]) -> Float[Tensor, " i"]:
-    """Mean difference, over images, between the number of queries that claim an object and the number of objects."""
-    return (claimed.sum(-1) - torch.tensor(counts, device=claimed.device)).abs().float().mean(1)
+def cardinality_error(
+    claimed: Bool[Tensor, "i b q"], counts: Sequence[int]
+) -> Float[Tensor, " i"]:
+    """Mean difference, over images, between the number of queries that claim an object
+    and the number of objects."""
+    return (
+        (claimed.sum(-1) - torch.tensor(counts, device=claimed.device))
+        .abs()
+        .float()
+        .mean(1)
+    )
 
 # %% ../nbs/10_losses.ipynb #1cf0feed
 def named(name: str, values: Float[Tensor, " i"]) -> dict[str, Tensor]:
-    """The official names of a loss at every layer: plain for the last, `_0`, `_1`, ... for the earlier ones."""
+    """The official names of a loss at every layer: plain for the last, `_0`, `_1`, ...
+    for the earlier ones."""
     last = len(values) - 1
-    return {name if i == last else f"{name}_{i}": value for i, value in enumerate(values.unbind())}
+    return {
+        name if i == last else f"{name}_{i}": value
+        for i, value in enumerate(values.unbind())
+    }
 
 # %% ../nbs/10_losses.ipynb #910ba3b1
 class Normaliser(NamedTuple):
-    """What the losses of a batch are divided by; the numbers of parts of a batch add up.
+    """What the losses of a batch are divided by; the numbers of parts of a batch add
+    up.
 
     Attributes:
         boxes: number of target boxes.
-        classes: of one layer: sum of the weights of all queries in the cross-entropy, in DETR.
+        classes: of one layer: sum of the weights of all queries in the cross-entropy,
+            in DETR.
         extra: of the parts that exist in training only, by name.
     """
 
@@ -115,10 +161,22 @@ class Normaliser(NamedTuple):
     classes: Number
     extra: Mapping[str, "Normaliser"] = {}
 
-def combine(function: Callable[[Sequence[Number]], Number], parts: Sequence[Normaliser]) -> Normaliser:
-    """Apply a function, such as `sum`, to each number of some normalisers of one form."""
-    extra = {name: combine(function, [part.extra[name] for part in parts]) for name in parts[0].extra}
-    return Normaliser(*(function([getattr(part, name) for part in parts]) for name in ("boxes", "classes")), extra)
+
+def combine(
+    function: Callable[[Sequence[Number]], Number], parts: Sequence[Normaliser]
+) -> Normaliser:
+    """Apply a function, such as `sum`, to each number of several normalisers."""
+    extra = {
+        name: combine(function, [part.extra[name] for part in parts])
+        for name in parts[0].extra
+    }
+    return Normaliser(
+        *(
+            function([getattr(part, name) for part in parts])
+            for name in ("boxes", "classes")
+        ),
+        extra,
+    )
 
 # %% ../nbs/10_losses.ipynb #910ba3b2
 @dataclass(frozen=True)
@@ -138,7 +196,8 @@ class SoftmaxClasses:
     counts_queries: ClassVar[bool] = True
 
     def normaliser(self, counts: Sequence[int], queries: int) -> Number:
-        """Sum of the weights; no prediction is needed, because the number of matches is known beforehand.
+        """Sum of the weights; no prediction is needed, because the number of matches is
+        known beforehand.
 
         Args:
             counts: number of targets of each image.
@@ -157,7 +216,8 @@ class SoftmaxClasses:
             wanted: the class every query should predict.
             by: what the sum over queries is divided by.
         """
-        return classification_loss(logits, wanted, self.no_object_weight, by or 1)  # nothing weighs anything: 0
+        # nothing weighs anything: 0
+        return classification_loss(logits, wanted, self.no_object_weight, by or 1)
 
     def claimed(self, logits: Float[Tensor, "i b q c"]) -> Bool[Tensor, "i b q"]:
         """True where a query claims an object."""
@@ -165,7 +225,11 @@ class SoftmaxClasses:
 
 # %% ../nbs/10_losses.ipynb #910ba3b3
 def set_losses(
-    out: Output, targets: PaddedTargets, matches: Matches, classes: object | None = None, boxes: object | None = None,
+    out: Output,
+    targets: PaddedTargets,
+    matches: Matches,
+    classes: object | None = None,
+    boxes: object | None = None,
     by: Normaliser | None = None,
 ) -> dict[str, Tensor]:
     """Every loss and every watched figure of given matches, at all layers at once.
@@ -179,24 +243,36 @@ def set_losses(
         by: what the whole batch is divided by, if these images are a part of it.
 
     Returns:
-        loss_ce, loss_bbox, loss_giou, class_error, cardinality_error of the last layer; the same but class_error with
-        suffix _0, _1, ... for the earlier layers.
+        loss_ce, loss_bbox, loss_giou, class_error, cardinality_error of the last layer;
+        the same but class_error with suffix _0, _1, ... for the earlier layers.
     """
     rule, pairs = classes or SoftmaxClasses(), stack_matches(matches, out.boxes.device)
     wanted = target_classes(pairs, targets, out.logits, rule.spare)
     matched = (pairs.layer, pairs.image, pairs.query)
-    by = by or Normaliser(sum(targets.counts), rule.normaliser(targets.counts, out.logits.shape[2]))
+    by = by or Normaliser(
+        sum(targets.counts), rule.normaliser(targets.counts, out.logits.shape[2])
+    )
     truth = targets.boxes[pairs.image, pairs.target]
     far = (boxes or PlaneBoxes()).losses(out.boxes[matched].float(), truth.float())
     losses = {"loss_ce": rule.loss(out.logits, wanted, by.classes)}
     losses |= {f"loss_{name}": value / max(by.boxes, 1) for name, value in far.items()}
-    losses["cardinality_error"] = cardinality_error(rule.claimed(out.logits), targets.counts)
-    by_layer = {name: value for key, values in losses.items() for name, value in named(key, values).items()}
-    return {**by_layer, "class_error": class_error(out.logits[matched][-1], wanted[matched][-1])}
+    losses["cardinality_error"] = cardinality_error(
+        rule.claimed(out.logits), targets.counts
+    )
+    by_layer = {
+        name: value
+        for key, values in losses.items()
+        for name, value in named(key, values).items()
+    }
+    return {
+        **by_layer,
+        "class_error": class_error(out.logits[matched][-1], wanted[matched][-1]),
+    }
 
 # %% ../nbs/10_losses.ipynb #c188cafb
 def with_part(name: str, part: str) -> str:
-    """The name of a loss of an extra part: `loss_ce_0` of the part dn is `loss_ce_dn_0`."""
+    """The name of a loss of an extra part: `loss_ce_0` of the part dn is
+    `loss_ce_dn_0`."""
     stem, layer = re.fullmatch(r"(.*?)(_\d+)?", name).groups("")
     return f"{stem}_{part}{layer}"
 
@@ -204,8 +280,8 @@ def with_part(name: str, part: str) -> str:
 class SetCriterion(nn.Module):
     """DETR's loss: match, then judge class and box of every query at every layer.
 
-    A model may have parts that exist in training only, such as queries about boxes that are known. Each of them is
-    judged by a criterion of its own, in `extra`.
+    A model may have parts that exist in training only, such as queries about boxes that
+    are known. Each of them is judged by a criterion of its own, in `extra`.
 
     Args:
         num_classes: number of classes; no-object has this id.
@@ -215,66 +291,111 @@ class SetCriterion(nn.Module):
         weight_ce: weight of the class loss in the total.
         weight_bbox: weight of L1 in the total.
         weight_giou: weight of GIoU in the total.
-        no_object_weight: weight of the no-object class inside the cross-entropy; other `classes` have none.
+        no_object_weight: weight of the no-object class inside the cross-entropy; other
+            `classes` have none.
         dec_layers: number of layers that `weights` lists; `total` works for any number.
         classes: how classes are judged; `SoftmaxClasses(no_object_weight)` if left out.
         boxes: how boxes are compared; `PlaneBoxes` if left out.
         class_term: cost of a class in matching; `class_cost` if left out.
         extra: criterion of each extra part, by its name in `Output.extra`.
-        prepare: what becomes of the targets before anything else, such as another label for all; nothing if left out.
+        prepare: what becomes of the targets before anything else, such as another label
+            for all; nothing if left out.
 
     Attributes:
-        last_layer_weights: weight of each loss, the same at every layer; may change while training goes on.
+        last_layer_weights: weight of each loss, the same at every layer; may change
+            while training goes on.
 
     Raises:
-        ValueError: if the class loss of an extra part is divided by a number that depends on its queries, which is not
-            known before the model has run.
+        ValueError: if the class loss of an extra part is divided by a number that
+            depends on its queries, which is not known before the model has run.
     """
 
     def __init__(
-        self, num_classes: int, cost_class: Number = 1.0, cost_bbox: Number = 5.0, cost_giou: Number = 2.0,
-        weight_ce: Number = 1.0, weight_bbox: Number = 5.0, weight_giou: Number = 2.0,
-        no_object_weight: Number = 0.1, dec_layers: int = 6, classes: object | None = None, boxes: object | None = None,
-        class_term: CostTerm = class_cost, extra: Mapping[str, "SetCriterion"] | None = None,
+        self,
+        num_classes: int,
+        cost_class: Number = 1.0,
+        cost_bbox: Number = 5.0,
+        cost_giou: Number = 2.0,
+        weight_ce: Number = 1.0,
+        weight_bbox: Number = 5.0,
+        weight_giou: Number = 2.0,
+        no_object_weight: Number = 0.1,
+        dec_layers: int = 6,
+        classes: object | None = None,
+        boxes: object | None = None,
+        class_term: CostTerm = class_cost,
+        extra: Mapping[str, "SetCriterion"] | None = None,
         prepare: Callable[[Sequence[Target]], Sequence[Target]] | None = None,
     ):
         super().__init__()
         self.num_classes, self.dec_layers = num_classes, dec_layers
-        self.classes, self.boxes = classes or SoftmaxClasses(no_object_weight), boxes or PlaneBoxes()
+        self.classes, self.boxes = (
+            classes or SoftmaxClasses(no_object_weight),
+            boxes or PlaneBoxes(),
+        )
         spare = self.classes.spare > 0
-        self.matcher = HungarianMatcher(cost_class, cost_bbox, cost_giou, class_term, spare, self.boxes)
-        self.last_layer_weights = {"loss_ce": weight_ce, "loss_bbox": weight_bbox, "loss_giou": weight_giou}
+        self.matcher = HungarianMatcher(
+            cost_class, cost_bbox, cost_giou, class_term, spare, self.boxes
+        )
+        self.last_layer_weights = {
+            "loss_ce": weight_ce,
+            "loss_bbox": weight_bbox,
+            "loss_giou": weight_giou,
+        }
         self.extra, self.prepare = nn.ModuleDict(extra or {}), prepare or list
-        if bad := [name for name, part in self.extra.items() if part.classes.counts_queries]:
-            raise ValueError(f"extra parts {bad}: their class loss is divided by a number that depends on the queries, "
-                             "which is not known beforehand: give a class loss that is divided by objects")
+        if bad := [
+            name for name, part in self.extra.items() if part.classes.counts_queries
+        ]:
+            raise ValueError(
+                f"extra parts {bad}: their class loss is divided by a number that"
+                " depends on the queries, which is not known beforehand: give a class"
+                " loss that is divided by objects"
+            )
 
     @property
     def all_weights(self) -> dict[str, Number]:
-        """Weight of each loss of the last layer by its name, those of the extra parts among them."""
-        parts = [{with_part(name, key): weight for name, weight in part.all_weights.items()}
-                 for key, part in self.extra.items()]
-        return {name: weight for weights in (self.last_layer_weights, *parts) for name, weight in weights.items()}
+        """Weight of each loss of the last layer by its name, those of the extra parts
+        among them."""
+        parts = [
+            {with_part(name, key): weight for name, weight in part.all_weights.items()}
+            for key, part in self.extra.items()
+        ]
+        return {
+            name: weight
+            for weights in (self.last_layer_weights, *parts)
+            for name, weight in weights.items()
+        }
 
     @property
     def weights(self) -> dict[str, Number]:
         """Weight of every loss that enters the total, by its official name."""
         last = self.all_weights
-        return last | {f"{name}_{i}": weight for i in range(self.dec_layers - 1) for name, weight in last.items()}
+        return last | {
+            f"{name}_{i}": weight
+            for i in range(self.dec_layers - 1)
+            for name, weight in last.items()
+        }
 
     def reweigh(self, name: str, weight: Number) -> None:
-        """Give one loss, such as `loss_ce`, another weight; that of the extra parts changes by the same factor."""
+        """Give one loss, such as `loss_ce`, another weight; that of the extra parts
+        changes by the same factor."""
         before, self.last_layer_weights[name] = self.last_layer_weights[name], weight
         for part in self.extra.values():
             part.reweigh(name, part.last_layer_weights[name] * weight / before)
 
     def normalisers(self, targets: Sequence[Target], queries: int) -> Normaliser:
-        """What the losses of these images are divided by, if the model has so many queries; no prediction is needed."""
+        """What the losses of these images are divided by, if the model has so many
+        queries; no prediction is needed."""
         counts = [len(target["labels"]) for target in self.prepare(targets)]
-        extra = {name: part.normalisers(targets, queries) for name, part in self.extra.items()}
+        extra = {
+            name: part.normalisers(targets, queries)
+            for name, part in self.extra.items()
+        }
         return Normaliser(sum(counts), self.classes.normaliser(counts, queries), extra)
 
-    def forward(self, out: Output, targets: Sequence[Target], by: Normaliser | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, out: Output, targets: Sequence[Target], by: Normaliser | None = None
+    ) -> dict[str, Tensor]:
         """Match, and return what `set_losses` returns, under the official names.
 
         Args:
@@ -284,40 +405,67 @@ class SetCriterion(nn.Module):
 
         Raises:
             NotFinite: if a prediction is not finite.
-            ValueError: if the model has another number of classes, a target is not valid, or an extra part of the
-                model has no criterion here.
+            ValueError: if the model has another number of classes, a target is not
+                valid, or an extra part of the model has no criterion here.
         """
         by = by or self.normalisers(targets, out.logits.shape[2])
         losses = self.own_losses(out, self.prepare(targets), by)
         if unknown := out.extra.keys() - self.extra.keys():
-            raise ValueError(f"the model predicts {sorted(unknown)} in training, for which this criterion has no part: "
-                             "take criterion_for(model), or register a loss for the model (`authors_criterion`)")
+            raise ValueError(
+                f"the model predicts {sorted(unknown)} in training, for which this"
+                " criterion has no part: take criterion_for(model), or register a loss"
+                " for the model (`authors_criterion`)"
+            )
         for name, part in out.extra.items():
             found = self.extra[name](part, targets, by.extra[name])
             losses |= {with_part(key, name): value for key, value in found.items()}
         return losses
 
-    def own_losses(self, out: Output, targets: Sequence[Target], by: Normaliser) -> dict[str, Tensor]:
+    def own_losses(
+        self, out: Output, targets: Sequence[Target], by: Normaliser
+    ) -> dict[str, Tensor]:
         """The losses without those of the extra parts."""
         if out.logits.shape[-1] != self.num_classes + self.classes.spare:
-            raise ValueError(f"the criterion was built for {self.num_classes} classes + {self.classes.spare} spare "
-                             f"column(s) such as no-object, but the logits have {out.logits.shape[-1]} columns: give "
-                             "both the same num_classes")
+            raise ValueError(
+                f"the criterion was built for {self.num_classes} classes +"
+                f" {self.classes.spare} spare column(s) such as no-object, but the"
+                f" logits have {out.logits.shape[-1]} columns: give both the same"
+                " num_classes"
+            )
         known = out.matches is not None
-        matches = [out.matches] * len(out.logits) if known else self.matcher(out, targets)
-        by = Normaliser(*(max(number, 1) * out.repeats for number in by[:2])) if known else by
-        return set_losses(out, pad_targets(targets, out.boxes, self.boxes), matches, self.classes, self.boxes, by)
+        matches = (
+            [out.matches] * len(out.logits) if known else self.matcher(out, targets)
+        )
+        by = (
+            Normaliser(*(max(number, 1) * out.repeats for number in by[:2]))
+            if known
+            else by
+        )
+        return set_losses(
+            out,
+            pad_targets(targets, out.boxes, self.boxes),
+            matches,
+            self.classes,
+            self.boxes,
+            by,
+        )
 
     def total(self, losses: dict[str, Tensor]) -> Float[Tensor, ""]:
-        """The weighted sum that is minimised; figures that are only watched do not enter."""
+        """The weighted sum that is minimised; figures that are only watched do not
+        enter."""
         weight = self.all_weights
         by_base = [(re.sub(r"_\d+$", "", name), loss) for name, loss in losses.items()]
-        return torch.stack([weight[base] * loss for base, loss in by_base if base in weight]).sum()
+        return torch.stack(
+            [weight[base] * loss for base, loss in by_base if base in weight]
+        ).sum()
 
 # %% ../nbs/10_losses.ipynb #10de0007
 @singledispatch
-def authors_criterion(config: object, model: nn.Module, **weights: Number) -> SetCriterion:
-    """The loss of the authors of a model, by what describes the model; descendants of DETR register theirs.
+def authors_criterion(
+    config: object, model: nn.Module, **weights: Number
+) -> SetCriterion:
+    """The loss of the authors of a model, by what describes the model; descendants of
+    DETR register theirs.
 
     Args:
         config: what built the model.
@@ -328,8 +476,11 @@ def authors_criterion(config: object, model: nn.Module, **weights: Number) -> Se
         ValueError: if nothing is registered for a model whose scores are not DETR's.
     """
     if not isinstance(model.scores, SoftmaxScores):
-        raise ValueError(f"no loss is registered for {type(config).__name__}, whose scores are {model.scores}: "
-                         "register one with detr_nb.losses.authors_criterion, or build a SetCriterion yourself")
+        raise ValueError(
+            f"no loss is registered for {type(config).__name__}, whose scores are"
+            f" {model.scores}: register one with detr_nb.losses.authors_criterion, or"
+            " build a SetCriterion yourself"
+        )
     return SetCriterion(model.num_classes, boxes=model.boxes, **weights)
 
 
@@ -338,7 +489,8 @@ def criterion_for(model: DETR, **weights: Number) -> SetCriterion:
 
     Args:
         model: of any kind.
-        weights: arguments of `SetCriterion` that shall differ, such as `no_object_weight=0.5`.
+        weights: arguments of `SetCriterion` that shall differ, such as
+            `no_object_weight=0.5`.
 
     Returns:
         For DETR a `SetCriterion` with the weights of the paper.

@@ -21,7 +21,9 @@ from .model import PlaneBoxes
 from .notation import Number, Output, Pairs, Target
 
 # %% ../nbs/09_matcher.ipynb #e495ca7d
-def assign(cost: Float[np.ndarray, "q t"]) -> tuple[Int[Tensor, " m"], Int[Tensor, " m"]]:
+def assign(
+    cost: Float[np.ndarray, "q t"],
+) -> tuple[Int[Tensor, " m"], Int[Tensor, " m"]]:
     """The cheapest one-to-one assignment of the columns of a cost matrix to its rows.
 
     Args:
@@ -50,7 +52,11 @@ class PaddedTargets(NamedTuple):
 # %% ../nbs/09_matcher.ipynb #f9877248
 def name_of(target: Target, place: int) -> str:
     """What messages call an image: by its id, or by its place in the batch."""
-    return f"image {int(target['image_id'])}" if "image_id" in target else f"image number {place} of the batch"
+    return (
+        f"image {int(target['image_id'])}"
+        if "image_id" in target
+        else f"image number {place} of the batch"
+    )
 
 
 def check_target(target: Target, place: int, numbers: int = 4) -> None:
@@ -65,35 +71,52 @@ def check_target(target: Target, place: int, numbers: int = 4) -> None:
         ValueError: naming the image.
     """
     labels, boxes = target["labels"], target["boxes"]
-    if labels.ndim != 1 or labels.is_floating_point() or boxes.shape != (len(labels), numbers):
-        raise ValueError(f"{name_of(target, place)}: labels must be integers (t,) and boxes (t, {numbers}), got "
-                         f"{labels.dtype} {tuple(labels.shape)} and {tuple(boxes.shape)}; an image without objects has "
-                         f"torch.zeros(0, dtype=torch.int64) and torch.zeros(0, {numbers})")
+    if (
+        labels.ndim != 1
+        or labels.is_floating_point()
+        or boxes.shape != (len(labels), numbers)
+    ):
+        raise ValueError(
+            f"{name_of(target, place)}: labels must be integers (t,) and boxes (t,"
+            f" {numbers}), got {labels.dtype} {tuple(labels.shape)} and"
+            f" {tuple(boxes.shape)}; an image without objects has torch.zeros(0,"
+            f" dtype=torch.int64) and torch.zeros(0, {numbers})"
+        )
 
 # %% ../nbs/09_matcher.ipynb #0cc3b034
-def pad_targets(targets: Sequence[Target], like: Tensor, boxes: object | None = None) -> PaddedTargets:
+def pad_targets(
+    targets: Sequence[Target], like: Tensor, boxes: object | None = None
+) -> PaddedTargets:
     """Stack the targets of a batch.
 
     Args:
         targets: one an image.
-        like: predicted boxes: the block comes to their device, and has as many numbers a box.
+        like: predicted boxes: the block comes to their device, and has as many numbers
+            a box.
         boxes: what the numbers of a box mean; `PlaneBoxes` if left out.
 
     Raises:
         ValueError: if the labels and boxes of a target do not belong together.
     """
-    encoded = [Target(labels=target["labels"], boxes=(boxes or PlaneBoxes()).encode(target)) for target in targets]
+    encoded = [
+        Target(labels=target["labels"], boxes=(boxes or PlaneBoxes()).encode(target))
+        for target in targets
+    ]
     for place, (target, numbers) in enumerate(zip(targets, encoded, strict=True)):
         check_target(Target(**{**target, **numbers}), place, like.shape[-1])
     labels = pad_sequence([target["labels"] for target in encoded], batch_first=True)
     rows = pad_sequence([target["boxes"] for target in encoded], batch_first=True)
-    # Boxes stay in single precision whatever the model computes in: half precision would move them by whole pixels.
+    # Boxes stay in single precision whatever the model computes in: half precision
+    # would move them by whole pixels.
     counts = [len(target["labels"]) for target in targets]
-    return PaddedTargets(labels.to(like.device, torch.int64), rows.to(like.device, torch.float32), counts)
+    return PaddedTargets(
+        labels.to(like.device, torch.int64), rows.to(like.device, torch.float32), counts
+    )
 
 # %% ../nbs/09_matcher.ipynb #cdaf4ae4
 def class_cost(out: Output, targets: PaddedTargets) -> Float[Tensor, "i b q t"]:
-    """Minus the probability of the target's class (DETR, section 3.1): no logarithm, in scale with the boxes."""
+    """Minus the probability of the target's class (DETR, section 3.1): no logarithm, in
+    scale with the boxes."""
     probability = out.logits.float().softmax(-1)
     i, _, q, _ = probability.shape
     return -probability.gather(-1, targets.labels[None, :, None].expand(i, -1, q, -1))
@@ -102,44 +125,70 @@ def class_cost(out: Output, targets: PaddedTargets) -> Float[Tensor, "i b q t"]:
 class NotFinite(ValueError):
     """A prediction, a loss or a gradient is NaN or infinite."""
 
-def valid_targets(targets: PaddedTargets, classes: int, boxes: object | None = None) -> Bool[Tensor, "b t"]:
-    """True where the label is in range and the box can be one; see `PlaneBoxes.valid`."""
+
+def valid_targets(
+    targets: PaddedTargets, classes: int, boxes: object | None = None
+) -> Bool[Tensor, "b t"]:
+    """True where label and box can be right; see `PlaneBoxes.valid`."""
     in_range = (targets.labels >= 0) & (targets.labels < classes)
     return in_range & (boxes or PlaneBoxes()).valid(targets.boxes)
 
 # %% ../nbs/09_matcher.ipynb #5be62bb9
 def explain_predictions(out: Output) -> str:
-    """Say where predictions are not finite and why that happens; empty if all are finite."""
+    """Say where predictions are not finite and why that happens; empty if all are
+    finite."""
     for name, tensor in (("logits", out.logits), ("boxes", out.boxes)):
         bad = ~tensor.isfinite().flatten(2).all(2)  # i b
         if bad.any():
             layer, image = bad.nonzero()[0].tolist()
-            return (f"predicted {name} are not finite (first at decoder layer {layer}, image {image} of the batch). "
-                    "Likely causes: a learning rate that is too high, an overflow in half precision, "
-                    "or images that were not normalised. Lower the rate, clip gradients, or train in float32")
+            return (
+                f"predicted {name} are not finite (first at decoder layer {layer},"
+                f" image {image} of the batch). Likely causes: a learning rate that is"
+                " too high, an overflow in half precision, or images that were not"
+                " normalised. Lower the rate, clip gradients, or train in float32"
+            )
     return ""
 
 # %% ../nbs/09_matcher.ipynb #921eafd7
-def explain_target(target: Target, place: int, classes: int, boxes: object | None = None) -> str:
-    """Say which label or box of a target is wrong and what to do; empty if all are right."""
+def explain_target(
+    target: Target, place: int, classes: int, boxes: object | None = None
+) -> str:
+    """Say which label or box of a target is wrong and what to do; empty if all are
+    right."""
     rule = boxes or PlaneBoxes()
     numbers = rule.encode(target)
-    for row, (label, box, fine) in enumerate(zip(target["labels"].tolist(), numbers, rule.valid(numbers), strict=True)):
+    for row, (label, box, fine) in enumerate(
+        zip(target["labels"].tolist(), numbers, rule.valid(numbers), strict=True)
+    ):
         if not 0 <= label < classes:
-            return (f"{name_of(target, place)}: label {label} of target {row} is outside 0..{classes - 1}. Labels are "
-                    f"contiguous ids from 0, and {classes} is no-object: map raw ids first, or build the model with "
-                    "more classes")
+            return (
+                f"{name_of(target, place)}: label {label} of target {row} is outside"
+                f" 0..{classes - 1}. Labels are contiguous ids from 0, and {classes} is"
+                " no-object: map raw ids first, or build the model with more classes"
+            )
         if not fine:
-            return (f"{name_of(target, place)}: box {box.tolist()} of target {row} is not {rule.proper}. "
-                    "Convert it from corners or pixels, or drop it: run check_data on the dataset")
+            return (
+                f"{name_of(target, place)}: box {box.tolist()} of target {row} is not"
+                f" {rule.proper}. Convert it from corners or pixels, or drop it: run"
+                " check_data on the dataset"
+            )
     return ""
 
 # %% ../nbs/09_matcher.ipynb #68cfaeb4
-def explain_bad_cost(out: Output, targets: Sequence[Target], classes: int, boxes: object | None = None) -> str:
-    """Say which prediction or target made the matching cost NaN, with the likely cause and the remedy."""
-    faults = (explain_target(target, place, classes, boxes) for place, target in enumerate(targets))
+def explain_bad_cost(
+    out: Output, targets: Sequence[Target], classes: int, boxes: object | None = None
+) -> str:
+    """Say which prediction or target made the matching cost NaN, with the likely cause
+    and the remedy."""
+    faults = (
+        explain_target(target, place, classes, boxes)
+        for place, target in enumerate(targets)
+    )
     reasons = (explain_predictions(out), *faults)
-    return next(filter(None, reasons), "the costs overflow: look for extremely large boxes or cost weights")
+    return next(
+        filter(None, reasons),
+        "the costs overflow: look for extremely large boxes or cost weights",
+    )
 
 # %% ../nbs/09_matcher.ipynb #e5ae3c36
 CostTerm = Callable[[Output, PaddedTargets], Float[Tensor, "i b q t"]]
@@ -147,28 +196,46 @@ Matches = list[Pairs]  # of each layer
 
 # %% ../nbs/09_matcher.ipynb #8c3e3ac0
 class HungarianMatcher:
-    """One-to-one matching for all decoder layers and images at once (DETR, section 3.1).
+    """One-to-one matching for all decoder layers and images at once (DETR, section
+    3.1).
 
     Args:
         cost_class: weight of minus the probability of the target's class.
         cost_bbox: weight of the L1 distance of normalised boxes.
         cost_giou: weight of minus the generalised IoU.
-        class_term: cost of a class, another one for descendants of DETR; `class_cost` if left out.
+        class_term: cost of a class, another one for descendants of DETR; `class_cost`
+            if left out.
         no_object: the last column of the logits is no class.
-        boxes: what the numbers of a box mean, and how they are compared; `PlaneBoxes` if left out.
+        boxes: what the numbers of a box mean, and how they are compared; `PlaneBoxes`
+            if left out.
 
     Raises:
         ValueError: if all weights are zero.
     """
 
     def __init__(
-        self, cost_class: Number = 1.0, cost_bbox: Number = 5.0, cost_giou: Number = 2.0,
-        class_term: CostTerm = class_cost, no_object: bool = True, boxes: object | None = None,
+        self,
+        cost_class: Number = 1.0,
+        cost_bbox: Number = 5.0,
+        cost_giou: Number = 2.0,
+        class_term: CostTerm = class_cost,
+        no_object: bool = True,
+        boxes: object | None = None,
     ):
         if cost_class == cost_bbox == cost_giou == 0:
-            raise ValueError("all three cost weights are 0, so every assignment costs the same: give at least one")
-        self.cost_class, self.class_term, self.no_object = cost_class, class_term, no_object
-        self.box_weights, self.boxes = {"bbox": cost_bbox, "giou": cost_giou}, boxes or PlaneBoxes()
+            raise ValueError(
+                "all three cost weights are 0, so every assignment costs the same: give"
+                " at least one"
+            )
+        self.cost_class, self.class_term, self.no_object = (
+            cost_class,
+            class_term,
+            no_object,
+        )
+        self.box_weights, self.boxes = (
+            {"bbox": cost_bbox, "giou": cost_giou},
+            boxes or PlaneBoxes(),
+        )
 
     def classes(self, out: Output) -> int:
         """Number of classes, by the columns of the logits."""
@@ -179,11 +246,19 @@ class HungarianMatcher:
         """The weighted sum of the terms; NaN in the column of an invalid target."""
         classes = self.classes(out)
         safe = targets._replace(labels=targets.labels.clamp(0, classes - 1))
-        terms = [(self.cost_class, self.class_term(out, safe))] if self.cost_class else []
+        terms = (
+            [(self.cost_class, self.class_term(out, safe))] if self.cost_class else []
+        )
         far = self.boxes.costs(out.boxes.float(), targets.boxes.float())
-        terms += [(weight, far[name]) for name, weight in self.box_weights.items() if weight and name in far]
+        terms += [
+            (weight, far[name])
+            for name, weight in self.box_weights.items()
+            if weight and name in far
+        ]
         cost = sum(weight * term for weight, term in terms)
-        return cost.masked_fill(~valid_targets(targets, classes, self.boxes)[None, :, None], float("nan"))
+        return cost.masked_fill(
+            ~valid_targets(targets, classes, self.boxes)[None, :, None], float("nan")
+        )
 
     def __call__(self, out: Output, targets: Sequence[Target]) -> Matches:
         """Match every image of every layer.
@@ -193,18 +268,28 @@ class HungarianMatcher:
             targets: one an image.
 
         Returns:
-            For each layer and image the ids of matched queries (ascending) and of their targets, on the CPU.
+            For each layer and image the ids of matched queries (ascending) and of their
+            targets, on the CPU.
 
         Raises:
             NotFinite: if a prediction is not finite, with the likely cause.
             ValueError: if targets are missing, or a target makes the cost NaN.
         """
         if len(targets) != out.boxes.shape[1]:
-            raise ValueError(f"predictions of {out.boxes.shape[1]} images need as many targets, got {len(targets)}")
+            raise ValueError(
+                f"predictions of {out.boxes.shape[1]} images need as many targets, got"
+                f" {len(targets)}"
+            )
         padded = pad_targets(targets, out.boxes, self.boxes)
         cost = self.cost(out, padded).cpu().numpy()  # the only transfer to the host
         # Where no image has a target the cost has no cells that could show a NaN.
         if not np.isfinite(cost).all() or (cost.size == 0 and explain_predictions(out)):
             reason = explain_bad_cost(out, targets, self.classes(out), self.boxes)
             raise (NotFinite if explain_predictions(out) else ValueError)(reason)
-        return [[assign(image[:, :n]) for image, n in zip(layer, padded.counts, strict=True)] for layer in cost]
+        return [
+            [
+                assign(image[:, :n])
+                for image, n in zip(layer, padded.counts, strict=True)
+            ]
+            for layer in cost
+        ]

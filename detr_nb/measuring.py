@@ -20,7 +20,8 @@ from torch import nn
 
 # %% ../nbs/94_measuring.ipynb #482e782e
 class Stopwatch:
-    """Adds up the seconds spent in named parts; the time of an inner part is taken out of the outer one.
+    """Adds up the seconds spent in named parts; the time of an inner part is taken out
+    of the outer one.
 
     Args:
         seconds: totals so far, which are added to.
@@ -53,6 +54,7 @@ class Stopwatch:
 
     def around(self, name: str, function: Callable) -> Callable:
         """The same function, its time counted under `name`."""
+
         def timed(*args: object, **kwargs: object) -> object:
             with self.part(name):
                 return function(*args, **kwargs)
@@ -62,7 +64,8 @@ class Stopwatch:
 # %% ../nbs/94_measuring.ipynb #4baecee8
 @contextmanager
 def timed_modules(watch: Stopwatch, modules: dict[str, nn.Module]) -> Iterator[None]:
-    """Count the forward passes of modules under their names while the block runs; one module may contain another.
+    """Count the forward passes of modules under their names while the block runs; one
+    module may contain another.
 
     Args:
         watch: where the seconds go.
@@ -70,13 +73,16 @@ def timed_modules(watch: Stopwatch, modules: dict[str, nn.Module]) -> Iterator[N
     """
     handles = []
     for name, module in modules.items():
-        handles.append(module.register_forward_pre_hook(lambda *_, name=name: watch.start(name)))
+        handles.append(
+            module.register_forward_pre_hook(lambda *_, name=name: watch.start(name))
+        )
         handles.append(module.register_forward_hook(lambda *_: watch.stop()))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
 
 @contextmanager
 def timed_steps(watch: Stopwatch, optimizer: torch.optim.Optimizer) -> Iterator[None]:
@@ -107,12 +113,16 @@ def matrix_speed(side: int = 1024, rounds: int = 10) -> float:
         times.append(time.perf_counter() - begun)
     return 2 * side**3 / min(times) / 1e9
 
+
 def processor_name() -> str:
     """What the operating system calls the processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    names = [
+        line.split(":")[1].strip() for line in lines if line.startswith("model name")
+    ]
     return names[0] if names else platform.processor() or platform.machine()
+
 
 def accelerator_name() -> str | None:
     """What the driver calls the graphics card; None without one."""
@@ -122,17 +132,25 @@ def accelerator_name() -> str | None:
     tell = getattr(torch.get_device_module(device), "get_device_name", None)
     return tell() if tell else device.type
 
+
 def describe_machine() -> dict[str, object]:
     """What a reader needs to compare a recorded time with their own."""
     return {
-        "processor": processor_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "accelerator": accelerator_name(),
-        "matrix_gflops": round(matrix_speed(), 1), "system": platform.system(),
-        "python": platform.python_version(), "torch": version("torch"), "detr_nb": version("detr_nb"),
+        "matrix_gflops": round(matrix_speed(), 1),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "detr_nb": version("detr_nb"),
     }
 
+
 def peak_memory_mb() -> float:
-    """Largest resident memory of this process so far, in megabytes; NaN where the system does not tell."""
+    """Largest resident memory of this process so far, in megabytes; NaN where the
+    system does not tell."""
     try:
         import resource
     except ImportError:
@@ -140,9 +158,15 @@ def peak_memory_mb() -> float:
     unit = 1 if platform.system() == "Darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
 
+
 def device_memory_mb() -> float | None:
-    """Largest memory that tensors took on the graphics card so far, in megabytes; None where nothing counts it."""
+    """Largest memory that tensors took on the graphics card so far, in megabytes; None
+    where nothing counts it."""
     if not torch.accelerator.is_available():
         return None
     device = torch.get_device_module(torch.accelerator.current_accelerator())
-    return round(device.max_memory_allocated() / 1e6, 1) if hasattr(device, "max_memory_allocated") else None
+    return (
+        round(device.max_memory_allocated() / 1e6, 1)
+        if hasattr(device, "max_memory_allocated")
+        else None
+    )

@@ -33,15 +33,28 @@ from torchvision.models import resnet50
 
 from .backbone import ResNet, TinyBackbone, imagenet_weights
 from .boxes import cxcywh_to_xyxy, giou, pairwise_giou, scale_boxes
-from .config import Config, ConfigError, Depth, Fraction, Layers, ModelConfig, Positive, QueryCount, Width
+from detr_nb.config import (
+    Config,
+    ConfigError,
+    Depth,
+    Fraction,
+    Layers,
+    ModelConfig,
+    Positive,
+    QueryCount,
+    Width,
+)
 from .data import Preprocess
 from .notation import Memory, Number, Output, Prediction, Queries, Target
 from .positions import SinePositions, grid_coordinates
 from .transformer import Decoder, DecoderLayer, Encoder, EncoderLayer
 
 # %% ../nbs/08_model.ipynb #24284321
-def resize_padding(pad: Bool[Tensor, "b y x"], size: tuple[int, int]) -> Bool[Tensor, "b y2 x2"]:
-    """Shrink a padding mask to a feature grid by picking the nearest pixel, as the original does.
+def resize_padding(
+    pad: Bool[Tensor, "b y x"], size: tuple[int, int]
+) -> Bool[Tensor, "b y2 x2"]:
+    """Shrink a padding mask to a feature grid by picking the nearest pixel, as the
+    original does.
 
     Args:
         pad: True where a pixel is padding.
@@ -56,7 +69,9 @@ def resize_padding(pad: Bool[Tensor, "b y x"], size: tuple[int, int]) -> Bool[Te
 def cell_centres(pad: Bool[Tensor, "b y x"]) -> Float[Tensor, "b y x 2"]:
     """Centre (x, y) of each cell, 0 to 1 over the unpadded part of the grid."""
     x, y = grid_coordinates(pad).unbind(-1)  # counted from 1 at the first valid cell
-    return torch.stack(((x - 0.5) / x[:, :, -1:].clamp(min=1), (y - 0.5) / y[:, -1:].clamp(min=1)), -1)
+    return torch.stack(
+        ((x - 0.5) / x[:, :, -1:].clamp(min=1), (y - 0.5) / y[:, -1:].clamp(min=1)), -1
+    )
 
 # %% ../nbs/08_model.ipynb #6376df0a
 def picture_sizes(
@@ -70,7 +85,8 @@ def picture_sizes(
         stride: pixels from one cell to the next.
 
     Returns:
-        The share (x, y) of the grid in whole cells, and the size (x, y) of the picture in cells, exactly.
+        The share (x, y) of the grid in whole cells, and the size (x, y) of the picture
+        in cells, exactly.
     """
     whole, exact = ((~pad).float() for pad in (cells, pixels))
     share = torch.stack((whole[:, 0].mean(1), whole[:, :, 0].mean(1)), -1)
@@ -79,7 +95,8 @@ def picture_sizes(
 
 # %% ../nbs/08_model.ipynb #20beacfa
 def check_padding(pad: Bool[Tensor, "b y x"]) -> None:
-    """Refuse a grid without any valid cell: attention over nothing would be NaN. Silent while a graph is traced.
+    """Refuse a grid without any valid cell: attention over nothing would be NaN. Silent
+    while a graph is traced.
 
     Raises:
         ValueError: naming the images of the batch that are all padding.
@@ -88,57 +105,84 @@ def check_padding(pad: Bool[Tensor, "b y x"]) -> None:
         return
     empty = pad.flatten(1).all(1)
     if empty.any():
-        raise ValueError(f"images {empty.nonzero().flatten().tolist()} of the batch are all padding on the "
-                         f"{pad.shape[1]} x {pad.shape[2]} feature grid: pad is True where there is NO picture")
+        raise ValueError(
+            f"images {empty.nonzero().flatten().tolist()} of the batch are all padding"
+            f" on the {pad.shape[1]} x {pad.shape[2]} feature grid: pad is True where"
+            " there is NO picture"
+        )
 
 # %% ../nbs/08_model.ipynb #6376df1a
 class SingleLevelMemory(nn.Module):
     """Images to tokens: backbone, projection to the model width, positions.
 
     Args:
-        backbone: maps images to a list of features, finest first; its `channels` is the width of the last, its
-            `strides` are the pixels from one cell to the next in each.
+        backbone: maps images to a list of features, finest first; its `channels` is the
+            width of the last, its `strides` are the pixels from one cell to the next in
+            each.
         positions: maps a padding mask to position embeddings.
         d: model width.
     """
 
     def __init__(self, backbone: nn.Module, positions: nn.Module, d: int):
         super().__init__()
-        self.backbone, self.positions, self.project = backbone, positions, nn.Conv2d(backbone.channels, d, 1)
+        self.backbone, self.positions, self.project = (
+            backbone,
+            positions,
+            nn.Conv2d(backbone.channels, d, 1),
+        )
 
     def forward(
-        self, images: Float[Tensor, "*n 3 y x"], pad: Bool[Tensor, "*n y x"],
+        self,
+        images: Float[Tensor, "*n 3 y x"],
+        pad: Bool[Tensor, "*n y x"],
         cameras: Float[Tensor, "b v 4 4"] | None = None,
     ) -> Memory:
         """Read a batch of normalised images, or of scenes with several views.
 
         Args:
-            images: b 3 y x, or b v 3 y x with cameras; the tokens of all views stand in one row then.
+            images: b 3 y x, or b v 3 y x with cameras; the tokens of all views stand in
+                one row then.
             pad: True where there is no picture.
-            cameras: for each view, what maps metres to shares of the padded picture; handed on.
+            cameras: for each view, what maps metres to shares of the padded picture;
+                handed on.
 
         Raises:
             ValueError: if an image is all padding.
         """
-        pixels = pad.flatten(0, -3)  # views are images of their own until their tokens meet
+        # views are images of their own until their tokens meet
+        pixels = pad.flatten(0, -3)
         features = self.backbone(images.flatten(0, -4))
         x = self.project(features[-1])  # b d y x
         size = tuple(x.shape[-2:])
         pad = resize_padding(pixels, size)
         check_padding(pad)
         valid, cells = picture_sizes(pixels, pad, self.backbone.strides[-1])
-        tokens = (x.permute(0, 2, 3, 1), self.positions(pad).to(x.dtype), pad, cell_centres(pad))
+        tokens = (
+            x.permute(0, 2, 3, 1),
+            self.positions(pad).to(x.dtype),
+            pad,
+            cell_centres(pad),
+        )
         rows = [token.flatten(1, 2) for token in tokens]
         if cameras is not None:
             rows = [row.unflatten(0, cameras.shape[:2]).flatten(1, 2) for row in rows]
-        return Memory(*rows, shapes=(size,), features=tuple(features), valid=valid, cells=cells, cameras=cameras)
+        return Memory(
+            *rows,
+            shapes=(size,),
+            features=tuple(features),
+            valid=valid,
+            cells=cells,
+            cameras=cameras,
+        )
 
 # %% ../nbs/08_model.ipynb #37848209
 class ObjectQueries(nn.Module):
-    """One learned vector a query, used as its position; the content starts at zero (DETR, section 3.2).
+    """One learned vector a query, used as its position; the content starts at zero
+    (DETR, section 3.2).
 
     Args:
-        count: number of queries, the largest number of objects that can be found in one image.
+        count: number of queries, the largest number of objects that can be found in one
+            image.
         d: model width.
 
     Raises:
@@ -148,11 +192,16 @@ class ObjectQueries(nn.Module):
     def __init__(self, count: int, d: int):
         super().__init__()
         if count < 1:
-            raise ValueError(f"a DETR needs at least one query, got num_queries={count}")
+            raise ValueError(
+                f"a DETR needs at least one query, got num_queries={count}"
+            )
         self.embedding = nn.Embedding(count, d)
 
-    def forward(self, memory: Memory, targets: Sequence[Target] | None = None) -> Queries:
-        """Give every image of the batch the same queries; DETR asks neither the image nor the targets."""
+    def forward(
+        self, memory: Memory, targets: Sequence[Target] | None = None
+    ) -> Queries:
+        """Give every image of the batch the same queries; DETR asks neither the image
+        nor the targets."""
         pos = self.embedding.weight.expand(memory.x.shape[0], -1, -1)
         return Queries(torch.zeros_like(pos), pos)
 
@@ -167,7 +216,8 @@ class ObjectQueries(nn.Module):
 
     @torch.no_grad()
     def resize(self, count: int, keep: Sequence[int]) -> None:
-        """Change the number of queries, in place; those that are not kept are drawn as in a new model.
+        """Change the number of queries, in place; those that are not kept are drawn as
+        in a new model.
 
         Args:
             count: number of queries from now on.
@@ -209,8 +259,10 @@ class Scores(ABC):
             ValueError: if there is no class.
         """
         if num_classes < 1:
-            raise ValueError(f"a detector needs at least one class, got num_classes={num_classes} "
-                             "(no-object is added by the model: do not count it)")
+            raise ValueError(
+                f"a detector needs at least one class, got num_classes={num_classes} "
+                "(no-object is added by the model: do not count it)"
+            )
         return num_classes + self.spare
 
     @abstractmethod
@@ -224,7 +276,8 @@ class Scores(ABC):
 
 @dataclass(frozen=True)
 class SoftmaxScores(Scores):
-    """Classes compete, and no-object in the last column competes with them: DETR's scores."""
+    """Classes compete, and no-object in the last column competes with them: DETR's
+    scores."""
 
     spare: ClassVar[int] = 1
 
@@ -235,12 +288,17 @@ class SoftmaxScores(Scores):
     def select(self, logits: Float[Tensor, "b q c"]) -> Scored:
         """One answer a query: its likeliest class."""
         best, labels = self(logits).max(-1)
-        return Scored(best, labels, torch.arange(logits.shape[1], device=logits.device).expand_as(labels))
+        return Scored(
+            best,
+            labels,
+            torch.arange(logits.shape[1], device=logits.device).expand_as(labels),
+        )
 
 # %% ../nbs/08_model.ipynb #cadd4f72
 @dataclass(frozen=True)
 class SigmoidScores(Scores):
-    """Each class is a question of its own, with yes or no; "nothing here" is a no to all (most descendants of DETR).
+    """Each class is a question of its own, with yes or no; "nothing here" is a no to
+    all (most descendants of DETR).
 
     Args:
         top: answers that are kept of an image, over all queries and classes.
@@ -255,10 +313,15 @@ class SigmoidScores(Scores):
         return logits[..., : logits.shape[-1] - self.spare].sigmoid()
 
     def select(self, logits: Float[Tensor, "b q c"]) -> Scored:
-        """The best answers of all queries and classes, the best first; a query may give more than one."""
+        """The best answers of all queries and classes, the best first; a query may give
+        more than one."""
         probability = self(logits)
-        scores, places = probability.flatten(1).topk(min(self.top, probability[0].numel()))
-        return Scored(scores, places % probability.shape[-1], places // probability.shape[-1])
+        scores, places = probability.flatten(1).topk(
+            min(self.top, probability[0].numel())
+        )
+        return Scored(
+            scores, places % probability.shape[-1], places // probability.shape[-1]
+        )
 
 # %% ../nbs/08_model.ipynb #d2cbb2f4
 class MLP(nn.Sequential):
@@ -269,12 +332,17 @@ class MLP(nn.Sequential):
     """
 
     def __init__(self, *widths: int):
-        layers = [part for a, b in zip(widths, widths[1:], strict=False) for part in (nn.Linear(a, b), nn.ReLU())]
+        layers = [
+            part
+            for a, b in zip(widths, widths[1:], strict=False)
+            for part in (nn.Linear(a, b), nn.ReLU())
+        ]
         super().__init__(*layers[:-1])
 
 # %% ../nbs/08_model.ipynb #d59316ba
 class Head(nn.Module):
-    """Class scores and a box for every query (DETR, section 3.2: prediction feed-forward networks).
+    """Class scores and a box for every query (DETR, section 3.2: prediction
+    feed-forward networks).
 
     Args:
         d: model width.
@@ -286,7 +354,10 @@ class Head(nn.Module):
         self.classes, self.boxes = nn.Linear(d, columns), MLP(d, d, d, 4)
 
     def forward(
-        self, layer: int, content: Float[Tensor, "b q d"], base: Float[Tensor, "b q r"] | None = None
+        self,
+        layer: int,
+        content: Float[Tensor, "b q d"],
+        base: Float[Tensor, "b q r"] | None = None,
     ) -> Prediction:
         """Return logits and normalised cxcywh boxes.
 
@@ -298,9 +369,14 @@ class Head(nn.Module):
         return Prediction(self.classes(content), self.boxes(content).sigmoid())
 
     def refine(
-        self, layer: int, content: Float[Tensor, "b q d"], prediction: Prediction, ref: Float[Tensor, "b q r"] | None
+        self,
+        layer: int,
+        content: Float[Tensor, "b q d"],
+        prediction: Prediction,
+        ref: Float[Tensor, "b q r"] | None,
     ) -> tuple[Float[Tensor, "b q r"] | None, Float[Tensor, "b q r"] | None]:
-        """Where the next layer looks, and from where the next head counts: unchanged here."""
+        """Where the next layer looks, and from where the next head counts: unchanged
+        here."""
         return ref, ref
 
     def class_maps(self) -> list[nn.Module]:
@@ -314,7 +390,8 @@ class Head(nn.Module):
 # %% ../nbs/08_model.ipynb #5108fc7f
 @dataclass(frozen=True)
 class PlaneBoxes:
-    """Boxes in a picture: cxcywh as shares of the unpadded image, compared by L1 and GIoU (DETR, section 3.1).
+    """Boxes in a picture: cxcywh as shares of the unpadded image, compared by L1 and
+    GIoU (DETR, section 3.1).
 
     Attributes:
         proper: what a box of a dataset must be, in words.
@@ -323,7 +400,8 @@ class PlaneBoxes:
     proper: ClassVar[str] = "a finite cxcywh box with a size of at least 0"
 
     def encode(self, target: Target) -> Float[Tensor, "..."]:
-        """The numbers that the model should predict for each object; who takes them checks their shape."""
+        """The numbers that the model should predict for each object; who takes them
+        checks their shape."""
         return target["boxes"]
 
     def valid(self, boxes: Float[Tensor, "*n 4"]) -> Bool[Tensor, "*n"]:
@@ -333,36 +411,49 @@ class PlaneBoxes:
     def costs(
         self, boxes: Float[Tensor, "i b q 4"], truth: Float[Tensor, "b t 4"]
     ) -> dict[str, Float[Tensor, "i b q t"]]:
-        """How far each prediction is from each object, by name: what the matcher weighs.
+        """How far each prediction is from each object, by name: what the matcher
+        weighs.
 
         Args:
             boxes: predicted, float32.
             truth: of the objects, as `encode` gives them.
         """
         corners = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truth)
-        return {"bbox": torch.cdist(boxes, truth, p=1), "giou": -pairwise_giou(*corners)}
+        return {
+            "bbox": torch.cdist(boxes, truth, p=1),
+            "giou": -pairwise_giou(*corners),
+        }
 
-    def losses(self, boxes: Float[Tensor, "i m 4"], truth: Float[Tensor, "i m 4"]) -> dict[str, Float[Tensor, " i"]]:
-        """The same for matched pairs, each beside its object, summed over the pairs of a layer."""
+    def losses(
+        self, boxes: Float[Tensor, "i m 4"], truth: Float[Tensor, "i m 4"]
+    ) -> dict[str, Float[Tensor, " i"]]:
+        """The same for matched pairs, each beside its object, summed over the pairs of
+        a layer."""
         overlap = giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truth))
         return {"bbox": (boxes - truth).abs().sum((1, 2)), "giou": (1 - overlap).sum(1)}
 
     def decode(
         self, boxes: Float[Tensor, "n 4"], size: tuple[int, int]
     ) -> tuple[Float[Tensor, "n 4"], Bool[Tensor, " n"]]:
-        """Boxes as they are reported, xyxy in the units of `size` (height, width), and which of them may be: all."""
-        return scale_boxes(cxcywh_to_xyxy(boxes), *size), torch.ones_like(boxes[:, 0], dtype=torch.bool)
+        """Boxes as they are reported, xyxy in the units of `size` (height, width), and
+        which of them may be: all."""
+        return scale_boxes(cxcywh_to_xyxy(boxes), *size), torch.ones_like(
+            boxes[:, 0], dtype=torch.bool
+        )
 
 # %% ../nbs/08_model.ipynb #6d89f407
 #| code-fold: true
 class Draws:
     """Random numbers that a model asks for in training; DETR asks for none.
 
-    They come from torch's generator, which a run seeds anew in every step, so that a run that goes on after a stop, or
-    in several processes, draws what it would have drawn.
+    They come from torch's generator, which a run seeds anew in every step, so that a
+    run that goes on after a stop, or in several processes, draws what it would have
+    drawn.
     """
 
-    def uniform(self, name: str, shape: Sequence[int], like: Float[Tensor, "..."]) -> Float[Tensor, "*n"]:
+    def uniform(
+        self, name: str, shape: Sequence[int], like: Float[Tensor, "..."]
+    ) -> Float[Tensor, "*n"]:
         """Numbers from [0, 1), under a name for those who record them.
 
         Args:
@@ -375,12 +466,13 @@ class Draws:
     def integers(
         self, name: str, high: int, shape: Sequence[int], like: Float[Tensor, "..."]
     ) -> Int[Tensor, "*n"]:
-        """Whole numbers from 0 to high - 1; the other arguments are those of `uniform`."""
+        """Whole numbers from 0 to high - 1; other arguments are those of `uniform`."""
         return torch.randint(high, tuple(shape), device=like.device)
 
 
 class RecordedDraws(Draws):
-    """Draws that were made before, so that a model in training can be compared with another.
+    """Draws that were made before, so that a model in training can be compared with
+    another.
 
     Args:
         recorded: the numbers of each name.
@@ -396,11 +488,15 @@ class RecordedDraws(Draws):
     def take(self, name: str, shape: Sequence[int]) -> Shaped[Tensor, "*n"]:
         """The numbers of a name."""
         if self.recorded[name].shape != tuple(shape):
-            raise ValueError(f"draw {name!r} has shape {tuple(shape)}, but {tuple(self.recorded[name].shape)} was "
-                             "recorded")
+            raise ValueError(
+                f"draw {name!r} has shape {tuple(shape)}, but"
+                f" {tuple(self.recorded[name].shape)} was recorded"
+            )
         return self.recorded[name]
 
-    def uniform(self, name: str, shape: Sequence[int], like: Float[Tensor, "..."]) -> Float[Tensor, "*n"]:
+    def uniform(
+        self, name: str, shape: Sequence[int], like: Float[Tensor, "..."]
+    ) -> Float[Tensor, "*n"]:
         """The recorded numbers."""
         return self.take(name, shape).to(like)
 
@@ -411,23 +507,39 @@ class RecordedDraws(Draws):
         return self.take(name, shape).to(like.device)
 
 # %% ../nbs/08_model.ipynb #580f6e9a
-def check_images(images: Tensor, pad: Tensor | None, cameras: Tensor | None = None) -> None:
+def check_images(
+    images: Tensor, pad: Tensor | None, cameras: Tensor | None = None
+) -> None:
     """Refuse a batch that the model would misread or fail on deep inside.
 
     Raises:
-        ValueError: if the images are not floats of shape b 3 y x (b v 3 y x with cameras b v 4 4), or the mask is not
-            boolean with the axes of the images without the colours.
+        ValueError: if the images are not floats of shape b 3 y x (b v 3 y x with
+            cameras b v 4 4), or the mask is not boolean with the axes of the images
+            without the colours.
     """
     form = "b 3 y x" if cameras is None else "b v 3 y x with cameras"
-    if images.ndim != 4 + (cameras is not None) or images.shape[-3] != 3 or not images.is_floating_point():
-        raise ValueError(f"images must be one batch of normalised floats, {form} (images[None] makes a batch of one); "
-                         f"got {images.dtype} of shape {tuple(images.shape)}")
+    if (
+        images.ndim != 4 + (cameras is not None)
+        or images.shape[-3] != 3
+        or not images.is_floating_point()
+    ):
+        raise ValueError(
+            f"images must be one batch of normalised floats, {form} (images[None] makes"
+            f" a batch of one); got {images.dtype} of shape {tuple(images.shape)}"
+        )
     if cameras is not None and cameras.shape != (*images.shape[:2], 4, 4):
-        raise ValueError(f"cameras must be one 4 x 4 matrix for each view, here {(*images.shape[:2], 4, 4)}; "
-                         f"got shape {tuple(cameras.shape)}")
-    if pad is not None and (pad.shape != images[..., 0, :, :].shape or pad.dtype != torch.bool):
-        raise ValueError("pad must be boolean, True where there is no picture, here "
-                         f"{tuple(images[..., 0, :, :].shape)}; got {pad.dtype} of shape {tuple(pad.shape)}")
+        raise ValueError(
+            "cameras must be one 4 x 4 matrix for each view, here"
+            f" {(*images.shape[:2], 4, 4)}; got shape {tuple(cameras.shape)}"
+        )
+    if pad is not None and (
+        pad.shape != images[..., 0, :, :].shape or pad.dtype != torch.bool
+    ):
+        raise ValueError(
+            "pad must be boolean, True where there is no picture, here"
+            f" {tuple(images[..., 0, :, :].shape)}; got {pad.dtype} of shape"
+            f" {tuple(pad.shape)}"
+        )
 
 # %% ../nbs/08_model.ipynb #5a7e0004
 #| code-fold: true
@@ -437,7 +549,8 @@ CARD = """---
 
 # A DETR
 
-It was saved by [detr_nb]({{ repo_url }}), which reads it too: give the folder, or the name of this page.
+It was saved by [detr_nb]({{ repo_url }}), which reads it too: give the folder,
+or the name of this page.
 
     from detr_nb import predict_image, pretrained_model
 
@@ -445,60 +558,83 @@ It was saved by [detr_nb]({{ repo_url }}), which reads it too: give the folder, 
     found = predict_image(model, "photo.jpg")
     print(found["names"], found["scores"], found["boxes"])
 
-Architecture, classes and the sizes and colours of its pictures are in config.json. [The paper]({{ paper_url }}).
+Architecture, classes and the sizes and colours of its pictures are in config.json.
+[The paper]({{ paper_url }}).
 """
 
 # %% ../nbs/08_model.ipynb #5a7e0002
 #| code-fold: true
 class HubMixin(
-    ModelHubMixin, library_name="detr_nb", pipeline_tag="object-detection", tags=["detr"], model_card_template=CARD,
-    repo_url="https://github.com/detr-nb/detr_nb", paper_url="https://arxiv.org/abs/2005.12872",
+    ModelHubMixin,
+    library_name="detr_nb",
+    pipeline_tag="object-detection",
+    tags=["detr"],
+    model_card_template=CARD,
+    repo_url="https://github.com/detr-nb/detr_nb",
+    paper_url="https://arxiv.org/abs/2005.12872",
 ):
-    """What a model needs to be saved in a folder or on the Hugging Face hub, and to be made again from there."""
+    """What a model needs to be saved in a folder or on the Hugging Face hub, and to be
+    made again from there."""
 
-    def save_pretrained(self, save_directory: str | Path, **options: object) -> str | None:
-        """Write config.json, model.safetensors and, if there is none, a card for readers (README.md).
+    def save_pretrained(
+        self, save_directory: str | Path, **options: object
+    ) -> str | None:
+        """Write config.json, model.safetensors and, if there is none, a card for
+        readers (README.md).
 
         Args:
             save_directory: the folder; made if it is missing.
-            options: other arguments of `huggingface_hub.ModelHubMixin.save_pretrained`, such as `push_to_hub=True`.
+            options: other arguments of `huggingface_hub.ModelHubMixin.save_pretrained`,
+                such as `push_to_hub=True`.
 
         Raises:
-            ValueError: before anything is written, if a part of the model is not as its configuration says.
+            ValueError: before anything is written, if a part of the model is not as its
+                configuration says.
         """
-        return super().save_pretrained(save_directory, **{**options, "config": model_config(self)})
+        return super().save_pretrained(
+            save_directory, **{**options, "config": model_config(self)}
+        )
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write the weights; the mixin calls it."""
         save_model(self, str(save_directory / WEIGHTS))
 
     def push_to_hub(self, repo_id: str, **options: object) -> str:
-        """Send what `save_pretrained` writes to the hub, and return the address of the commit.
+        """Send what `save_pretrained` writes to the hub, and return the address of the
+        commit.
 
         Args:
-            repo_id: name of the model there, such as "somebody/detr"; made if it is missing.
-            options: other arguments of `huggingface_hub.ModelHubMixin.push_to_hub`, such as `private` or `token`.
+            repo_id: name of the model there, such as "somebody/detr"; made if it is
+                missing.
+            options: other arguments of `huggingface_hub.ModelHubMixin.push_to_hub`,
+                such as `private` or `token`.
 
         Raises:
-            ValueError: before anything is sent, if a part of the model is not as its configuration says.
+            ValueError: before anything is sent, if a part of the model is not as its
+                configuration says.
         """
         return super().push_to_hub(repo_id, **{**options, "config": model_config(self)})
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: object) -> "DETR":
-        """Make the model again that `save_pretrained` wrote, in evaluation mode; no other weights are fetched.
+        """Make the model again that `save_pretrained` wrote, in evaluation mode; no
+        other weights are fetched.
 
         Args:
             source: the folder, or the id of one on the hub; an existing folder wins.
-            options: arguments of `huggingface_hub.snapshot_download`, such as `revision` or `token`.
+            options: arguments of `huggingface_hub.snapshot_download`, such as
+                `revision` or `token`.
 
         Raises:
             FileNotFoundError: if the folder lacks a file.
             RuntimeError: if the hub does not give the folder.
-            ValueError: if a file is damaged, does not describe a model, or does not belong to the other.
+            ValueError: if a file is damaged, does not describe a model, or does not
+                belong to the other.
         """
         folder = Path(source).expanduser()
-        return saved_model(folder if folder.is_dir() else from_hub(str(source), **options))
+        return saved_model(
+            folder if folder.is_dir() else from_hub(str(source), **options)
+        )
 
 # %% ../nbs/08_model.ipynb #534bf0d9
 class DETR(nn.Module, HubMixin):
@@ -507,28 +643,46 @@ class DETR(nn.Module, HubMixin):
     Args:
         memory: `memory(images, pad, cameras) -> Memory`.
         encoder: `encoder(memory) -> memory`.
-        queries: `queries(memory, targets) -> Queries`; targets are given in training only.
+        queries: `queries(memory, targets) -> Queries`; targets are given in training
+            only.
         decoder: `decoder(queries, memory) -> Output` of all layers.
         scores: what the columns of the logits mean; `SoftmaxScores` if left out.
         boxes: what the numbers of a box mean; `PlaneBoxes` if left out.
-        masks: `masks(out, read, memory) -> b q y x`, where `read` is the memory before the encoder; none if left out.
+        masks: `masks(out, read, memory) -> b q y x`, where `read` is the memory before
+            the encoder; none if left out.
         aux_loss: return the predictions of every decoder layer, not only of the last.
-        config: the configuration that built it; without one a model cannot be saved in a folder.
+        config: the configuration that built it; without one a model cannot be saved in
+            a folder.
 
     Attributes:
         names: names of the classes that the model was trained on; None until then.
         category_ids: the dataset's own id of each class; None until then.
-        preprocess: makes of a picture what the model takes; the sizes and colours of the paper until training sets it.
-        threshold: score from which a detection counts when people look at it; 0.7 as in the authors' demonstration.
+        preprocess: makes of a picture what the model takes; the sizes and colours of
+            the paper until training sets it.
+        threshold: score from which a detection counts when people look at it; 0.7 as in
+            the authors' demonstration.
     """
 
     def __init__(
-        self, memory: nn.Module, encoder: nn.Module, queries: nn.Module, decoder: nn.Module,
-        scores: Scores | None = None, boxes: object | None = None, masks: nn.Module | None = None,
-        aux_loss: bool = True, config: ModelConfig | None = None,
+        self,
+        memory: nn.Module,
+        encoder: nn.Module,
+        queries: nn.Module,
+        decoder: nn.Module,
+        scores: Scores | None = None,
+        boxes: object | None = None,
+        masks: nn.Module | None = None,
+        aux_loss: bool = True,
+        config: ModelConfig | None = None,
     ):
         super().__init__()
-        self.memory, self.encoder, self.queries, self.decoder, self.masks = memory, encoder, queries, decoder, masks
+        self.memory, self.encoder, self.queries, self.decoder, self.masks = (
+            memory,
+            encoder,
+            queries,
+            decoder,
+            masks,
+        )
         self.scores, self.boxes = scores or SoftmaxScores(), boxes or PlaneBoxes()
         self.aux_loss, self.config = aux_loss, config
         self.names: Sequence[str] | None = None
@@ -536,17 +690,21 @@ class DETR(nn.Module, HubMixin):
         self.preprocess, self.threshold = Preprocess(), 0.7
 
     def forward(
-        self, images: Float[Tensor, "*n 3 y x"], pad: Bool[Tensor, "*n y x"] | None = None,
-        targets: Sequence[Target] | None = None, cameras: Float[Tensor, "b v 4 4"] | None = None,
+        self,
+        images: Float[Tensor, "*n 3 y x"],
+        pad: Bool[Tensor, "*n y x"] | None = None,
+        targets: Sequence[Target] | None = None,
+        cameras: Float[Tensor, "b v 4 4"] | None = None,
     ) -> Output:
         """Detect; `[-1]` of the result is the prediction proper.
 
         Args:
-            images: normalised with the mean and standard deviation of the training images; b 3 y x, or b v 3 y x of
-                scenes that several cameras saw.
+            images: normalised with the mean and standard deviation of the training
+                images; b 3 y x, or b v 3 y x of scenes that several cameras saw.
             pad: True where there is padding; None if there is none.
             targets: the truth, for models that ask about it in training; DETR does not.
-            cameras: for each view, what maps metres to shares (x, y) of the padded picture.
+            cameras: for each view, what maps metres to shares (x, y) of the padded
+                picture.
 
         Raises:
             ValueError: if shapes or types do not fit, or an image is all padding.
@@ -556,7 +714,9 @@ class DETR(nn.Module, HubMixin):
             pad = torch.zeros_like(images[..., 0, :, :], dtype=torch.bool)
         read = self.memory(images, pad, cameras)
         memory = self.encoder(read)
-        out = self.decoder(self.queries(memory, targets if self.training else None), memory)
+        out = self.decoder(
+            self.queries(memory, targets if self.training else None), memory
+        )
         if self.masks is not None:
             out = out._replace(masks=self.masks(out, read, memory))
         return out if self.aux_loss else out.layer(-1)
@@ -564,7 +724,8 @@ class DETR(nn.Module, HubMixin):
     def postprocess(
         self, out: Output, sizes: Sequence[tuple[int, int]] | Int[Tensor, "b 2"]
     ) -> list[dict[str, Tensor]]:
-        """Detections of the last layer, read by this model's own `scores` and `boxes`; see `postprocess`."""
+        """Detections of the last layer, read by this model's own `scores` and `boxes`;
+        see `postprocess`."""
         return postprocess(out, sizes, self.scores, self.boxes)
 
     @property
@@ -591,22 +752,37 @@ class DETR(nn.Module, HubMixin):
         return self.head.outputs()
 
     def blocks(self) -> list[nn.Module]:
-        """The parts of a forward pass, one after the other: stages of the backbone, and layers."""
-        layers = [part for part in self.modules() if isinstance(part, EncoderLayer | DecoderLayer)]
+        """The parts of a forward pass, one after the other: stages of the backbone, and
+        layers."""
+        layers = [
+            part
+            for part in self.modules()
+            if isinstance(part, EncoderLayer | DecoderLayer)
+        ]
         return [*self.backbone.blocks(), *layers]
 
     def attentions(self) -> dict[str, list[nn.Module]]:
-        """What looks at what, in the order of the layers; each module answers `look`, asked as its `forward`."""
-        encoder = [part for part in self.encoder.modules() if isinstance(part, EncoderLayer)]
-        decoder = [part for part in self.decoder.modules() if isinstance(part, DecoderLayer)]
-        return {"encoder": [layer.attention for layer in encoder], "queries": [layer.attention for layer in decoder],
-                "cross": [layer.cross for layer in decoder]}
+        """What looks at what, in the order of the layers; each module answers `look`,
+        asked as its `forward`."""
+        encoder = [
+            part for part in self.encoder.modules() if isinstance(part, EncoderLayer)
+        ]
+        decoder = [
+            part for part in self.decoder.modules() if isinstance(part, DecoderLayer)
+        ]
+        return {
+            "encoder": [layer.attention for layer in encoder],
+            "queries": [layer.attention for layer in decoder],
+            "cross": [layer.cross for layer in decoder],
+        }
 
 # %% ../nbs/08_model.ipynb #8c0f0001
 class BackboneConfig(Config):
-    """What builds a backbone: a module that maps images to a list of features, finest first.
+    """What builds a backbone: a module that maps images to a list of features, finest
+    first.
 
-    It has `channels` (of the last), `strides` (of each) and `blocks()` (parts that may be computed twice, if any).
+    It has `channels` (of the last), `strides` (of each) and `blocks()` (parts that may
+    be computed twice, if any).
     """
 
     @abstractmethod
@@ -614,7 +790,7 @@ class BackboneConfig(Config):
         """Return the backbone."""
 
     def architecture(self) -> "BackboneConfig":
-        """The configuration of the same network without what only says how it starts."""
+        """The configuration of the same network, without how it starts."""
         return self
 
 
@@ -675,7 +851,8 @@ class HandMade(BackboneConfig):
         return self.module
 
     def architecture(self) -> BackboneConfig:
-        """`TinyConfig` or `ResNetConfig` if the module is of that kind; else this one, which no file can hold."""
+        """`TinyConfig` or `ResNetConfig` if the module is of that kind; else this one,
+        which no file can hold."""
         module = self.module
         if type(module) is TinyBackbone:
             return TinyConfig(module.widths, module.strides, module.coordinates)
@@ -726,11 +903,19 @@ class DETRConfig(ModelConfig):
 
     def memory(self) -> nn.Module:
         """What maps images to a `Memory`."""
-        return SingleLevelMemory(self.backbone.build(), self.positions(), self.hidden_dim)
+        return SingleLevelMemory(
+            self.backbone.build(), self.positions(), self.hidden_dim
+        )
 
     def layer_sizes(self) -> tuple[int, int, int, float, bool]:
         """The arguments of an encoder or decoder layer."""
-        return self.hidden_dim, self.nheads, self.dim_feedforward, float(self.dropout), self.pre_norm
+        return (
+            self.hidden_dim,
+            self.nheads,
+            self.dim_feedforward,
+            float(self.dropout),
+            self.pre_norm,
+        )
 
     def encoder(self, memory: nn.Module) -> nn.Module:
         """What maps a `Memory` to a `Memory`."""
@@ -755,10 +940,13 @@ class DETRConfig(ModelConfig):
             queries: what `queries` returned.
         """
         layers = [DecoderLayer(*self.layer_sizes()) for _ in range(self.dec_layers)]
-        return Decoder(layers, nn.LayerNorm(self.hidden_dim), Head(self.hidden_dim, columns))
+        return Decoder(
+            layers, nn.LayerNorm(self.hidden_dim), Head(self.hidden_dim, columns)
+        )
 
     def masks(self, memory: nn.Module) -> nn.Module | None:
-        """What maps an `Output`, and what was read before and after the encoder, to a mask of each query: nothing.
+        """What maps an `Output`, and what was read before and after the encoder, to a
+        mask of each query: nothing.
 
         Args:
             memory: what `memory` returned.
@@ -785,20 +973,38 @@ class DETRConfig(ModelConfig):
         with torch.random.fork_rng(devices=[]):
             queries = self.queries(columns, memory)
         decoder = self.decoder(columns, memory, queries)
-        queries.load_state_dict(self.queries(columns, memory).state_dict())  # drawn last
-        rest = (scores, self.boxes(), self.masks(memory), self.aux_loss, self.architecture())
+        # drawn last
+        queries.load_state_dict(self.queries(columns, memory).state_dict())
+        rest = (
+            scores,
+            self.boxes(),
+            self.masks(memory),
+            self.aux_loss,
+            self.architecture(),
+        )
         return DETR(memory, encoder, queries, decoder, *rest)
 
 # %% ../nbs/08_model.ipynb #33da97a9
 def detr(
-    backbone: BackboneConfig | nn.Module, num_classes: int, num_queries: int = 100, hidden_dim: int = 256,
-    nheads: int = 8, enc_layers: int = 6, dec_layers: int = 6, dim_feedforward: int = 2048, dropout: Number = 0.1,
-    pre_norm: bool = False, temperature: Number = 10000, aux_loss: bool = True,
+    backbone: BackboneConfig | nn.Module,
+    num_classes: int,
+    num_queries: int = 100,
+    hidden_dim: int = 256,
+    nheads: int = 8,
+    enc_layers: int = 6,
+    dec_layers: int = 6,
+    dim_feedforward: int = 2048,
+    dropout: Number = 0.1,
+    pre_norm: bool = False,
+    temperature: Number = 10000,
+    aux_loss: bool = True,
 ) -> DETR:
-    """Assemble DETR: `DETRConfig(...).build(num_classes)` in one call; the backbone may be a module that exists.
+    """Assemble DETR: `DETRConfig(...).build(num_classes)` in one call; the backbone may
+    be a module that exists.
 
     Args:
-        backbone: its configuration, or a module like those that `BackboneConfig` speaks of.
+        backbone: its configuration, or a module like those that `BackboneConfig` speaks
+            of.
         num_classes: number of classes, no-object not counted.
         num_queries: as in `DETRConfig`, like all that follow.
         hidden_dim: width of the tokens and queries.
@@ -815,16 +1021,34 @@ def detr(
         ConfigError: naming an argument whose value is not allowed.
     """
     config = backbone if isinstance(backbone, BackboneConfig) else HandMade(backbone)
-    sizes = (num_queries, hidden_dim, nheads, enc_layers, dec_layers, dim_feedforward, dropout)
-    return DETRConfig(config, *sizes, pre_norm, temperature, aux_loss).build(num_classes)
+    sizes = (
+        num_queries,
+        hidden_dim,
+        nheads,
+        enc_layers,
+        dec_layers,
+        dim_feedforward,
+        dropout,
+    )
+    return DETRConfig(config, *sizes, pre_norm, temperature, aux_loss).build(
+        num_classes
+    )
 
 # %% ../nbs/08_model.ipynb #edd98786
 def detr_resnet50(
-    num_classes: int = 91, num_queries: int = 100, pretrained_backbone: bool = True, hidden_dim: int = 256,
-    nheads: int = 8, enc_layers: int = 6, dec_layers: int = 6, dim_feedforward: int = 2048, dropout: Number = 0.1,
+    num_classes: int = 91,
+    num_queries: int = 100,
+    pretrained_backbone: bool = True,
+    hidden_dim: int = 256,
+    nheads: int = 8,
+    enc_layers: int = 6,
+    dec_layers: int = 6,
+    dim_feedforward: int = 2048,
+    dropout: Number = 0.1,
     aux_loss: bool = True,
 ) -> DETR:
-    """DETR on ResNet-50: the arguments are those of `detr`; the backbone starts from ImageNet unless told otherwise."""
+    """DETR on ResNet-50: the arguments are those of `detr`; the backbone starts from
+    ImageNet unless told otherwise."""
     backbone = ResNetConfig("resnet50", pretrained=pretrained_backbone)
     sizes = (hidden_dim, nheads, enc_layers, dec_layers, dim_feedforward, dropout)
     return detr(backbone, num_classes, num_queries, *sizes, aux_loss=aux_loss)
@@ -832,19 +1056,34 @@ def detr_resnet50(
 # %% ../nbs/08_model.ipynb #a785b430
 #| code-fold: true
 def detr_resnet50_dc5(
-    num_classes: int = 91, num_queries: int = 100, pretrained_backbone: bool = True, hidden_dim: int = 256,
-    nheads: int = 8, enc_layers: int = 6, dec_layers: int = 6, dim_feedforward: int = 2048, dropout: Number = 0.1,
+    num_classes: int = 91,
+    num_queries: int = 100,
+    pretrained_backbone: bool = True,
+    hidden_dim: int = 256,
+    nheads: int = 8,
+    enc_layers: int = 6,
+    dec_layers: int = 6,
+    dim_feedforward: int = 2048,
+    dropout: Number = 0.1,
     aux_loss: bool = True,
 ) -> DETR:
-    """As `detr_resnet50`, but the last stage dilates: four times as many tokens, better on small objects."""
+    """As `detr_resnet50`, but the last stage dilates: four times as many tokens, better
+    on small objects."""
     backbone = ResNetConfig("resnet50", dilation=True, pretrained=pretrained_backbone)
     sizes = (hidden_dim, nheads, enc_layers, dec_layers, dim_feedforward, dropout)
     return detr(backbone, num_classes, num_queries, *sizes, aux_loss=aux_loss)
 
 
 def detr_resnet101(
-    num_classes: int = 91, num_queries: int = 100, pretrained_backbone: bool = True, hidden_dim: int = 256,
-    nheads: int = 8, enc_layers: int = 6, dec_layers: int = 6, dim_feedforward: int = 2048, dropout: Number = 0.1,
+    num_classes: int = 91,
+    num_queries: int = 100,
+    pretrained_backbone: bool = True,
+    hidden_dim: int = 256,
+    nheads: int = 8,
+    enc_layers: int = 6,
+    dec_layers: int = 6,
+    dim_feedforward: int = 2048,
+    dropout: Number = 0.1,
     aux_loss: bool = True,
 ) -> DETR:
     """As `detr_resnet50`, on ResNet-101."""
@@ -854,8 +1093,15 @@ def detr_resnet101(
 
 
 def detr_resnet101_dc5(
-    num_classes: int = 91, num_queries: int = 100, pretrained_backbone: bool = True, hidden_dim: int = 256,
-    nheads: int = 8, enc_layers: int = 6, dec_layers: int = 6, dim_feedforward: int = 2048, dropout: Number = 0.1,
+    num_classes: int = 91,
+    num_queries: int = 100,
+    pretrained_backbone: bool = True,
+    hidden_dim: int = 256,
+    nheads: int = 8,
+    enc_layers: int = 6,
+    dec_layers: int = 6,
+    dim_feedforward: int = 2048,
+    dropout: Number = 0.1,
     aux_loss: bool = True,
 ) -> DETR:
     """As `detr_resnet50_dc5`, on ResNet-101."""
@@ -865,8 +1111,15 @@ def detr_resnet101_dc5(
 
 
 def detr_resnet18(
-    num_classes: int = 91, num_queries: int = 100, pretrained_backbone: bool = True, hidden_dim: int = 256,
-    nheads: int = 8, enc_layers: int = 6, dec_layers: int = 6, dim_feedforward: int = 2048, dropout: Number = 0.1,
+    num_classes: int = 91,
+    num_queries: int = 100,
+    pretrained_backbone: bool = True,
+    hidden_dim: int = 256,
+    nheads: int = 8,
+    enc_layers: int = 6,
+    dec_layers: int = 6,
+    dim_feedforward: int = 2048,
+    dropout: Number = 0.1,
     aux_loss: bool = True,
 ) -> DETR:
     """As `detr_resnet50`, on ResNet-18: not in the paper, and good for trials."""
@@ -876,14 +1129,21 @@ def detr_resnet18(
 
 # %% ../nbs/08_model.ipynb #934c398f
 TINY = {
-    "hidden_dim": 128, "nheads": 4, "enc_layers": 1, "dec_layers": 3, "dim_feedforward": 256,
-    "dropout": 0.0, "pre_norm": True, "temperature": 20,
+    "hidden_dim": 128,
+    "nheads": 4,
+    "enc_layers": 1,
+    "dec_layers": 3,
+    "dim_feedforward": 256,
+    "dropout": 0.0,
+    "pre_norm": True,
+    "temperature": 20,
 }
 TINY_STRIDES = (4, 8, 8)
 
 # %% ../nbs/08_model.ipynb #e5ba4135
 def load_tiny_weights(model: DETR) -> DETR:
-    """Give a `detr_tiny` the weights that come with the package, and set it to evaluation.
+    """Give a `detr_tiny` the weights that come with the package, and set it to
+    evaluation.
 
     Raises:
         FileNotFoundError: if this copy of the package has no weights.
@@ -891,27 +1151,37 @@ def load_tiny_weights(model: DETR) -> DETR:
     """
     file = files("detr_nb") / "weights" / "detr_tiny.pt"
     if not file.is_file():
-        raise FileNotFoundError("this copy of detr_nb carries no trained weights (weights/detr_tiny.pt): "
-                                "train the model yourself, or install a released version")
+        raise FileNotFoundError(
+            "this copy of detr_nb carries no trained weights (weights/detr_tiny.pt): "
+            "train the model yourself, or install a released version"
+        )
     with file.open("rb") as stream:
         saved = torch.load(stream, map_location="cpu", weights_only=True)
     try:
         model.load_state_dict(saved["model"])
     except RuntimeError as error:
-        raise ValueError("the trained weights belong to detr_tiny with its default arguments; leave out what differs "
-                         f"or train from pretrained=False. {error}") from error
+        raise ValueError(
+            "the trained weights belong to detr_tiny with its default arguments; leave"
+            f" out what differs or train from pretrained=False. {error}"
+        ) from error
     model.names, model.category_ids = saved["names"], saved["category_ids"]
     return model.eval()
 
 # %% ../nbs/08_model.ipynb #568beda9
 def detr_tiny(
-    pretrained: bool = False, num_classes: int = 6, num_queries: int = 16, widths: tuple[int, ...] = (32, 64, 128),
-    strides: tuple[int, ...] = TINY_STRIDES, **sizes: Number | tuple[int, ...],
+    pretrained: bool = False,
+    num_classes: int = 6,
+    num_queries: int = 16,
+    widths: tuple[int, ...] = (32, 64, 128),
+    strides: tuple[int, ...] = TINY_STRIDES,
+    **sizes: Number | tuple[int, ...],
 ) -> DETR:
-    """A DETR of about a million parameters for 128 x 128 pixels, which two CPU cores train in minutes.
+    """A DETR of about a million parameters for 128 x 128 pixels, which two CPU cores
+    train in minutes.
 
     Args:
-        pretrained: load the weights that come with the package; the model is returned in evaluation mode.
+        pretrained: load the weights that come with the package; the model is returned
+            in evaluation mode.
         num_classes: number of classes, no-object not counted.
         num_queries: the largest number of objects that can be found in one image.
         widths: channels of the backbone's stages.
@@ -921,15 +1191,23 @@ def detr_tiny(
     Raises:
         ValueError: if the other arguments are not those of the pretrained weights.
     """
-    model = detr(TinyConfig(widths, strides), num_classes, num_queries, **(TINY | sizes))
+    model = detr(
+        TinyConfig(widths, strides), num_classes, num_queries, **(TINY | sizes)
+    )
     model.preprocess, model.threshold = Preprocess(size=(128, 128)), 0.5
     if not pretrained:
         return model
     usual = {"strides": TINY_STRIDES, **TINY}
-    other = {name: value for name, value in {"strides": strides, **sizes}.items() if value != usual.get(name, value)}
+    other = {
+        name: value
+        for name, value in {"strides": strides, **sizes}.items()
+        if value != usual.get(name, value)
+    }
     if other:
-        raise ValueError(f"the trained weights belong to detr_tiny with its default arguments: leave out {other}, or "
-                         "train from pretrained=False")
+        raise ValueError(
+            "the trained weights belong to detr_tiny with its default arguments: leave"
+            f" out {other}, or train from pretrained=False"
+        )
     return load_tiny_weights(model)
 
 # %% ../nbs/08_model.ipynb #8c0f0006
@@ -975,7 +1253,8 @@ class ResNetModel(ModelConfig):
     Args:
         backbone: torchvision's name, such as resnet50.
         dilation: let the last stage dilate instead of striding (DC5).
-        pretrained_backbone: start the backbone from ImageNet's weights, which are fetched once.
+        pretrained_backbone: start the backbone from ImageNet's weights, which are
+            fetched once.
         num_queries: object queries.
         hidden_dim: model width.
         nheads: attention heads.
@@ -1000,7 +1279,9 @@ class ResNetModel(ModelConfig):
         """Make the model; everything but the backbone has fresh weights."""
         sizes = asdict(self)
         names = ("backbone", "dilation", "pretrained_backbone")
-        return detr(ResNetConfig(*(sizes.pop(name) for name in names)), num_classes, **sizes)
+        return detr(
+            ResNetConfig(*(sizes.pop(name) for name in names)), num_classes, **sizes
+        )
 
 # %% ../nbs/08_model.ipynb #85e250a4
 @torch.no_grad()
@@ -1010,29 +1291,44 @@ def postprocess(
     scores: Scores | None = None,
     boxes: object | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Turn the last layer's predictions into detections: no threshold, no clamping; in DETR one for every query.
+    """Turn the last layer's predictions into detections: no threshold, no clamping; in
+    DETR one for every query.
 
     Args:
         out: predictions.
         sizes: (height, width) of every image, in the units that the boxes should have.
-        scores: what the columns of the logits mean; `SoftmaxScores` if left out. `model.postprocess` gives the model's.
+        scores: what the columns of the logits mean; `SoftmaxScores` if left out.
+            `model.postprocess` gives the model's.
         boxes: what the numbers of a box mean; `PlaneBoxes` if left out.
 
     Returns:
-        For each image the `scores`, `labels` (contiguous ids), `boxes` (xyxy, in the units of `sizes`) and, if the
-        model makes any, `masks` (a score a pixel).
+        For each image the `scores`, `labels` (contiguous ids), `boxes` (xyxy, in the
+        units of `sizes`) and, if the model makes any, `masks` (a score a pixel).
 
     Raises:
         ValueError: if there is not one size for every image.
     """
     if len(sizes) != out.boxes.shape[1]:
-        raise ValueError(f"{out.boxes.shape[1]} images need as many (height, width) sizes, got {len(sizes)}")
-    chosen, rule, found = (scores or SoftmaxScores()).select(out.logits[-1].float()), boxes or PlaneBoxes(), []
+        raise ValueError(
+            f"{out.boxes.shape[1]} images need as many (height, width) sizes, got"
+            f" {len(sizes)}"
+        )
+    chosen, rule, found = (
+        (scores or SoftmaxScores()).select(out.logits[-1].float()),
+        boxes or PlaneBoxes(),
+        [],
+    )
     for image, size in enumerate(sizes):
         score, labels, queries = (part[image] for part in chosen)
-        decoded, keep = rule.decode(out.boxes[-1, image].float()[queries], tuple(map(int, size)))
+        decoded, keep = rule.decode(
+            out.boxes[-1, image].float()[queries], tuple(map(int, size))
+        )
         row = {"scores": score[keep], "labels": labels[keep], "boxes": decoded[keep]}
-        found.append(row if out.masks is None else {**row, "masks": out.masks[image][queries[keep]]})
+        found.append(
+            row
+            if out.masks is None
+            else {**row, "masks": out.masks[image][queries[keep]]}
+        )
     return found
 
 # %% ../nbs/08_model.ipynb #5a7e0010
@@ -1040,34 +1336,59 @@ CONFIG, WEIGHTS, MODEL_TYPE = "config.json", "model.safetensors", "detr_nb"
 
 
 def outline(model: DETR) -> dict[str, str]:
-    """What can be seen of a model without running it: what each part prints of itself, and the shape of each weight."""
-    parts = {name: f"{type(part).__name__}({part.extra_repr()})" for name, part in model.named_modules()}
-    beside = {name: repr(getattr(model, name)) for name in ("scores", "boxes", "aux_loss")}
-    return {**beside, **parts, **{name: f"of shape {tuple(value.shape)}" for name, value in model.state_dict().items()}}
+    """What can be seen of a model without running it: what each part prints of itself,
+    and the shape of each weight."""
+    parts = {
+        name: f"{type(part).__name__}({part.extra_repr()})"
+        for name, part in model.named_modules()
+    }
+    beside = {
+        name: repr(getattr(model, name)) for name in ("scores", "boxes", "aux_loss")
+    }
+    return {
+        **beside,
+        **parts,
+        **{
+            name: f"of shape {tuple(value.shape)}"
+            for name, value in model.state_dict().items()
+        },
+    }
 
 
 def describe(model: DETR) -> dict[str, object]:
     """The configuration of a model as plain values, with the number of its classes.
 
     Raises:
-        ValueError: if it has none, or naming the first part that is not as the configuration says.
+        ValueError: if it has none, or naming the first part that is not as the
+            configuration says.
     """
-    remedy = "save the state_dict with torch.save, and build the model in your program before you load it"
+    remedy = (
+        "save the state_dict with torch.save, and build the model in your program"
+        " before you load it"
+    )
     if model.config is None:
-        raise ValueError(f"the model was not built by a configuration, so {CONFIG} has no words for it: {remedy}")
-    count = getattr(model, "num_classes", 1)  # an exchanged head may not know it, and is named below
+        raise ValueError(
+            f"the model was not built by a configuration, so {CONFIG} has no words for"
+            f" it: {remedy}"
+        )
+    # an exchanged head may not know it, and is named below
+    count = getattr(model, "num_classes", 1)
     with torch.device("meta"):
         usual = outline(model.config.build(count))
     found = outline(model)
     for name in [*found, *usual]:
         ours, theirs = found.get(name, "missing"), usual.get(name, "nothing")
         if ours != theirs:
-            raise ValueError(f"{name or 'the model'} is {ours} where its configuration makes {theirs}, so {CONFIG} has "
-                             f"no words for it: {remedy}")
+            raise ValueError(
+                f"{name or 'the model'} is {ours} where its configuration makes"
+                f" {theirs}, so {CONFIG} has no words for it: {remedy}"
+            )
     return {**model.config.plain(), "num_classes": count}
 
 # %% ../nbs/08_model.ipynb #5a7e0019
-def check_classes(names: Sequence[str] | None, category_ids: Sequence[int] | None, count: int) -> None:
+def check_classes(
+    names: Sequence[str] | None, category_ids: Sequence[int] | None, count: int
+) -> None:
     """Refuse names or ids that are not one for each class.
 
     Raises:
@@ -1075,33 +1396,46 @@ def check_classes(names: Sequence[str] | None, category_ids: Sequence[int] | Non
     """
     for kind, told in (("names", names), ("category_ids", category_ids)):
         if told is not None and len(told) != count:
-            raise ValueError(f"{kind} must have one entry for each of the {count} classes, or be None; "
-                             f"got {len(told)}: {list(told)}")
+            raise ValueError(
+                f"{kind} must have one entry for each of the {count} classes, or be"
+                f" None; got {len(told)}: {list(told)}"
+            )
 
 
 def model_config(model: DETR) -> dict[str, object]:
-    """Everything about a model but its weights, as plain values: what config.json holds.
+    """Everything about a model but its weights, as plain values: what config.json
+    holds.
 
     Raises:
-        ValueError: if a part of the model is not as its configuration says, or classes lack a name or an id.
+        ValueError: if a part of the model is not as its configuration says, or classes
+            lack a name or an id.
     """
     words = describe(model)
     check_classes(model.names, model.category_ids, model.num_classes)
     try:
         threshold = float(model.threshold)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"threshold is {model.threshold!r}: it must be a number from 0 to 1") from error
+        raise ValueError(
+            f"threshold is {model.threshold!r}: it must be a number from 0 to 1"
+        ) from error
     return {
-        "model_type": MODEL_TYPE, **words,
+        "model_type": MODEL_TYPE,
+        **words,
         "names": None if model.names is None else [str(name) for name in model.names],
-        "category_ids": None if model.category_ids is None else [int(i) for i in model.category_ids],
-        "preprocess": asdict(model.preprocess), "threshold": threshold,
+        "category_ids": (
+            None if model.category_ids is None else [int(i) for i in model.category_ids]
+        ),
+        "preprocess": asdict(model.preprocess),
+        "threshold": threshold,
     }
 
 # %% ../nbs/08_model.ipynb #5a7e0022
 def damaged(file: Path, error: Exception) -> ValueError:
     """The complaint about a file that cannot be understood."""
-    return ValueError(f"{file} is damaged or cut off ({os.path.getsize(file)} bytes): get it again; {error}")
+    return ValueError(
+        f"{file} is damaged or cut off ({os.path.getsize(file)} bytes): get it again;"
+        f" {error}"
+    )
 
 
 def read_json(file: Path) -> dict:
@@ -1112,8 +1446,10 @@ def read_json(file: Path) -> dict:
         ValueError: if it is damaged.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: DETR.save_pretrained writes {CONFIG} and {WEIGHTS} into one "
-                                "folder; save the model again, or give another folder")
+        raise FileNotFoundError(
+            f"{file} is missing: DETR.save_pretrained writes {CONFIG} and {WEIGHTS}"
+            " into one folder; save the model again, or give another folder"
+        )
     try:
         return dict(json.loads(file.read_text("utf8")))
     except (TypeError, ValueError) as error:
@@ -1128,7 +1464,9 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
         ValueError: if it is damaged.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: save the model again, or get the whole folder")
+        raise FileNotFoundError(
+            f"{file} is missing: save the model again, or get the whole folder"
+        )
     try:
         return load_file(file)
     except SafetensorError as error:
@@ -1136,7 +1474,8 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def with_twins(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a file, and those that it leaves out because they are another one's: a shared part has two names.
+    """The tensors of a file, and those that it leaves out because they are another
+    one's: a shared part has two names.
 
     Args:
         state: tensors under our names.
@@ -1145,22 +1484,44 @@ def with_twins(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tenso
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    found = {name: next((twin for twin in twins if twin in state), None) for twins in names.values() for name in twins}
+    found = {
+        name: next((twin for twin in twins if twin in state), None)
+        for twins in names.values()
+        for name in twins
+    }
     return {**{name: state[twin] for name, twin in found.items() if twin}, **state}
 
 # %% ../nbs/08_model.ipynb #5a7e0023
-BESIDE = ("model_type", "num_classes", "names", "category_ids", "preprocess", "threshold")  # in config.json
+# in config.json
+BESIDE = (
+    "model_type",
+    "num_classes",
+    "names",
+    "category_ids",
+    "preprocess",
+    "threshold",
+)
 
 
 def left_out(whole: Mapping[str, object], told: Mapping[str, object]) -> list[str]:
-    """Dotted names of what a description should hold and does not; kinds, and how weights start, may go unsaid."""
+    """Dotted names of what a description should hold and does not; kinds, and how
+    weights start, may go unsaid."""
     missing = [name for name in whole if name not in ("kind", "pretrained", *told)]
-    nested = {name: value for name, value in whole.items() if isinstance(value, Mapping) and name in told}
-    return missing + [f"{name}.{one}" for name, value in nested.items() for one in left_out(value, told[name])]
+    nested = {
+        name: value
+        for name, value in whole.items()
+        if isinstance(value, Mapping) and name in told
+    }
+    return missing + [
+        f"{name}.{one}"
+        for name, value in nested.items()
+        for one in left_out(value, told[name])
+    ]
 
 
 def read_description(words: Mapping[str, object]) -> ModelConfig:
-    """The configuration in what `describe` gave, or a config.json; without `kind` it is an older one, a `DETRConfig`.
+    """The configuration in what `describe` gave, or a config.json; without `kind` it is
+    an older one, a `DETRConfig`.
 
     Raises:
         ConfigError: naming the first field that is unknown, missing or wrong.
@@ -1168,14 +1529,22 @@ def read_description(words: Mapping[str, object]) -> ModelConfig:
     told = {name: value for name, value in words.items() if name not in BESIDE}
     config = ModelConfig.read({"kind": "DETRConfig", **told})
     if missing := left_out(config.plain(), told):
-        raise ConfigError(missing[0], "is missing: weights fit no other value than the one that they were saved with")
+        raise ConfigError(
+            missing[0],
+            "is missing: weights fit no other value than the one that they were saved"
+            " with",
+        )
     return config.architecture()  # nothing is fetched, whatever the file says
 
 
 def model_from_config(words: Mapping[str, object]) -> DETR:
-    """The model of a config.json, on the device where torch makes tensors now; its weights are fresh."""
+    """The model of a config.json, on the device where torch makes tensors now; its
+    weights are fresh."""
     model = read_description(words).build(words["num_classes"])
-    model.preprocess, model.threshold = Preprocess.read(words["preprocess"]), float(words["threshold"])
+    model.preprocess, model.threshold = (
+        Preprocess.read(words["preprocess"]),
+        float(words["threshold"]),
+    )
     model.names, model.category_ids = words["names"], words["category_ids"]
     check_classes(model.names, model.category_ids, words["num_classes"])
     return model
@@ -1190,29 +1559,37 @@ def saved_model(folder: Path, weights: str = WEIGHTS) -> DETR:
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if a file is damaged, does not describe a model, or does not belong to the other.
+        ValueError: if a file is damaged, does not describe a model, or does not belong
+            to the other.
     """
     config = read_json(folder / CONFIG)
     if (kind := config.get("model_type")) != MODEL_TYPE:
-        raise ValueError(f"{folder / CONFIG} is of a {kind!r} model, which DETR.save_pretrained did not write: "
-                         "detr_nb.pretrained_model reads folders of other origin too")
+        raise ValueError(
+            f"{folder / CONFIG} is of a {kind!r} model, which DETR.save_pretrained did"
+            " not write: detr_nb.pretrained_model reads folders of other origin too"
+        )
     try:
         with torch.device("meta"):
             model = model_from_config(config)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG} does not describe a model ({type(error).__name__}: {error}): save the "
-                         "model again, or mend what was edited") from error
+        raise ValueError(
+            f"{folder / CONFIG} does not describe a model ({type(error).__name__}:"
+            f" {error}): save the model again, or mend what was edited"
+        ) from error
     state = with_twins(read_safetensors(folder / weights), model)
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{folder / weights} does not belong to the {CONFIG} beside it: save the model again. "
-                         f"{str(error)[:500]}") from error
+        raise ValueError(
+            f"{folder / weights} does not belong to the {CONFIG} beside it: save the"
+            f" model again. {str(error)[:500]}"
+        ) from error
     return model.eval()
 
 # %% ../nbs/08_model.ipynb #5a7e0026
 def from_hub(name: str, **options: object) -> Path:
-    """The local copy of a model on the Hugging Face hub; it is fetched if it is not in the hub's cache.
+    """The local copy of a model on the Hugging Face hub; it is fetched if it is not in
+    the hub's cache.
 
     Args:
         name: id of the model, such as "somebody/detr".
@@ -1222,15 +1599,23 @@ def from_hub(name: str, **options: object) -> Path:
         RuntimeError: if there is no such model, or no network.
     """
     try:
-        return Path(snapshot_download(name, allow_patterns=["*config.json", "model*.safetensors"], **options))
+        return Path(
+            snapshot_download(
+                name, allow_patterns=["*config.json", "model*.safetensors"], **options
+            )
+        )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise RuntimeError(f"{name!r} is no file or folder here, and the Hugging Face hub gives no model of that name "
-                           f"({reason}): look for a slip of the pen or for the network; a folder that was downloaded "
-                           "elsewhere can be given by its path") from error
+        raise RuntimeError(
+            f"{name!r} is no file or folder here, and the Hugging Face hub gives no"
+            f" model of that name ({reason}): look for a slip of the pen or for the"
+            " network; a folder that was downloaded elsewhere can be given by its path"
+        ) from error
 
 # %% ../nbs/08_model.ipynb #8d0a9366
-def last_features(net: nn.Module, images: Float[Tensor, "b 3 y x"]) -> Float[Tensor, "b c y2 x2"]:
+def last_features(
+    net: nn.Module, images: Float[Tensor, "b 3 y x"]
+) -> Float[Tensor, "b c y2 x2"]:
     """The output of the last stage of a torchvision ResNet."""
     x = net.maxpool(net.relu(net.bn1(net.conv1(images))))
     return net.layer4(net.layer3(net.layer2(net.layer1(x))))
@@ -1239,22 +1624,28 @@ def last_features(net: nn.Module, images: Float[Tensor, "b 3 y x"]) -> Float[Ten
 def learned_grid(
     row: Float[Tensor, "n k"], col: Float[Tensor, "n k"], rows: int, cols: int
 ) -> Float[Tensor, "s d"]:
-    """The position of each cell, row by row: the vector of its column, then that of its row.
+    """The position of each cell, row by row: the vector of its column, then that of its
+    row.
 
     Raises:
         ValueError: if there are fewer vectors than rows or columns.
     """
     if max(rows, cols) > len(row):
-        raise ValueError(f"a grid of {rows} x {cols} cells needs more than {len(row)} learned rows and columns: "
-                         "give smaller images")
-    return torch.cat((col[:cols].expand(rows, -1, -1), row[:rows, None].expand(-1, cols, -1)), -1).flatten(0, 1)
+        raise ValueError(
+            f"a grid of {rows} x {cols} cells needs more than {len(row)} learned rows"
+            " and columns: give smaller images"
+        )
+    return torch.cat(
+        (col[:cols].expand(rows, -1, -1), row[:rows, None].expand(-1, cols, -1)), -1
+    ).flatten(0, 1)
 
 # %% ../nbs/08_model.ipynb #aa053b55
 class DETRDemo(nn.Module):
-    """The demonstration model of the paper (DETR, appendix A.6; features times 0.1 as in the authors' notebook).
+    """The demonstration model of the paper (DETR, appendix A.6; features times 0.1 as
+    in the authors' notebook).
 
-    The original takes one image at a time, this one batches of images of equal size. `names`, `category_ids`,
-    `preprocess` and `threshold` are as in `DETR`.
+    The original takes one image at a time, this one batches of images of equal size.
+    `names`, `category_ids`, `preprocess` and `threshold` are as in `DETR`.
 
     Args:
         num_classes: number of classes, no-object not counted.
@@ -1262,11 +1653,17 @@ class DETRDemo(nn.Module):
         nheads: attention heads.
         enc_layers: encoder layers.
         dec_layers: decoder layers.
-        pretrained_backbone: start from ImageNet weights (needs a network or torchvision's cache).
+        pretrained_backbone: start from ImageNet weights (needs a network or
+            torchvision's cache).
     """
 
     def __init__(
-        self, num_classes: int = 91, hidden_dim: int = 256, nheads: int = 8, enc_layers: int = 6, dec_layers: int = 6,
+        self,
+        num_classes: int = 91,
+        hidden_dim: int = 256,
+        nheads: int = 8,
+        enc_layers: int = 6,
+        dec_layers: int = 6,
         pretrained_backbone: bool = False,
     ):
         super().__init__()
@@ -1275,32 +1672,49 @@ class DETRDemo(nn.Module):
         if pretrained_backbone:
             self.backbone.load_state_dict(imagenet_weights("resnet50"))
         self.conv = nn.Conv2d(2048, hidden_dim, 1)
-        self.transformer = nn.Transformer(hidden_dim, nheads, enc_layers, dec_layers, batch_first=True)
+        self.transformer = nn.Transformer(
+            hidden_dim, nheads, enc_layers, dec_layers, batch_first=True
+        )
         self.scores, self.boxes = SoftmaxScores(), PlaneBoxes()
         self.linear_class = nn.Linear(hidden_dim, self.scores.columns(num_classes))
         self.linear_bbox = nn.Linear(hidden_dim, 4)
         self.query_pos = nn.Parameter(torch.rand(100, hidden_dim))
-        self.row_embed, self.col_embed = (nn.Parameter(torch.rand(50, hidden_dim // 2)) for _ in range(2))
+        self.row_embed, self.col_embed = (
+            nn.Parameter(torch.rand(50, hidden_dim // 2)) for _ in range(2)
+        )
         self.names, self.category_ids = None, None
         self.preprocess, self.threshold = Preprocess(), 0.7
 
     def forward(
-        self, images: Float[Tensor, "b 3 y x"], pad: Bool[Tensor, "b y x"] | None = None,
+        self,
+        images: Float[Tensor, "b 3 y x"],
+        pad: Bool[Tensor, "b y x"] | None = None,
         targets: Sequence[Target] | None = None,
     ) -> Output:
-        """Detect in images of at most 1600 pixels a side; the result has one layer, and targets are not asked.
+        """Detect in images of at most 1600 pixels a side; the result has one layer, and
+        targets are not asked.
 
         Raises:
-            ValueError: if anything is padded, an image is too large, or shapes do not fit.
+            ValueError: if anything is padded, an image is too large, or shapes do not
+                fit.
         """
         check_images(images, pad)
         if pad is not None and pad.any():
-            raise ValueError("the demonstration model cannot ignore padding: give it images of equal size")
+            raise ValueError(
+                "the demonstration model cannot ignore padding: give it images of equal"
+                " size"
+            )
         x = self.conv(last_features(self.backbone, images))
         positions = learned_grid(self.row_embed, self.col_embed, *x.shape[-2:])
         tokens = positions + 0.1 * x.flatten(2).transpose(1, 2)  # b s d
-        content = self.transformer(tokens, self.query_pos.expand(images.shape[0], -1, -1))
-        return Output(self.linear_class(content)[None], self.linear_bbox(content).sigmoid()[None], content[None])
+        content = self.transformer(
+            tokens, self.query_pos.expand(images.shape[0], -1, -1)
+        )
+        return Output(
+            self.linear_class(content)[None],
+            self.linear_bbox(content).sigmoid()[None],
+            content[None],
+        )
 
     def postprocess(
         self, out: Output, sizes: Sequence[tuple[int, int]] | Int[Tensor, "b 2"]
@@ -1315,6 +1729,12 @@ class DETRDemo(nn.Module):
 
     def attentions(self) -> dict[str, list[nn.Module]]:
         """What looks at what, in the order of the layers; these are torch's modules."""
-        encoder, decoder = self.transformer.encoder.layers, self.transformer.decoder.layers
-        return {"encoder": [layer.self_attn for layer in encoder], "queries": [layer.self_attn for layer in decoder],
-                "cross": [layer.multihead_attn for layer in decoder]}
+        encoder, decoder = (
+            self.transformer.encoder.layers,
+            self.transformer.decoder.layers,
+        )
+        return {
+            "encoder": [layer.self_attn for layer in encoder],
+            "queries": [layer.self_attn for layer in decoder],
+            "cross": [layer.multihead_attn for layer in decoder],
+        }

@@ -21,15 +21,19 @@ POLAR_EXPRESS = (
     (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
 )
 
+
 def orthogonalise(
-    matrices: Float[Tensor, "n y x"], dtype: torch.dtype = torch.float32,
+    matrices: Float[Tensor, "n y x"],
+    dtype: torch.dtype = torch.float32,
     coefficients: tuple[tuple[float, float, float], ...] = POLAR_EXPRESS,
 ) -> Float[Tensor, "n y x"]:
-    """Bring the singular values of each matrix close to 1 and keep its singular vectors, by odd polynomials.
+    """Bring the singular values of each matrix close to 1 and keep its singular
+    vectors, by odd polynomials.
 
     Args:
         matrices: any number of matrices of one shape.
-        dtype: of the products; bfloat16 is exact enough and faster where the processor knows it.
+        dtype: of the products; bfloat16 is exact enough and faster where the processor
+            knows it.
         coefficients: (a, b, c) of the polynomial a x + b x^3 + c x^5 of each round.
 
     Returns:
@@ -42,13 +46,18 @@ def orthogonalise(
     x = (x / (1.01 * torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)).to(dtype)
     for a, b, c in coefficients:
         square = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+        x = torch.baddbmm(
+            x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a
+        )
     return (x.mT if tall else x).to(matrices.dtype)
 
 # %% ../nbs/93_muon.ipynb #91e2c208
 @torch.no_grad()
 def muon_step(
-    params: list[nn.Parameter], states: list[dict], lr: Number, momentum: Number = 0.9,
+    params: list[nn.Parameter],
+    states: list[dict],
+    lr: Number,
+    momentum: Number = 0.9,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Move matrices or kernels of one shape along their orthogonalised momentum.
@@ -62,24 +71,37 @@ def muon_step(
 
     Source: Jordan et al. 2024; the scale from Liu et al. 2025.
     """
-    means = [state.setdefault("mean", torch.zeros_like(p)) for p, state in zip(params, states, strict=True)]
+    means = [
+        state.setdefault("mean", torch.zeros_like(p))
+        for p, state in zip(params, states, strict=True)
+    ]
     gradients = [p.grad for p in params]
     torch._foreach_lerp_(means, gradients, 1 - momentum)
     ahead = torch._foreach_lerp(gradients, means, momentum)
     steps = orthogonalise(torch.stack([x.flatten(1) for x in ahead]), dtype)
     scale = 0.2 * max(steps.shape[1:]) ** 0.5
-    torch._foreach_add_(params, [x.view_as(p) for x, p in zip(steps, params, strict=True)], alpha=-lr * scale)
+    torch._foreach_add_(
+        params,
+        [x.view_as(p) for x, p in zip(steps, params, strict=True)],
+        alpha=-lr * scale,
+    )
 
 # %% ../nbs/93_muon.ipynb #90479b35
 @torch.no_grad()
 def adamw_step(
-    p: nn.Parameter, state: dict, lr: Number, betas: tuple[Number, Number] = (0.9, 0.95), weight_decay: Number = 1e-4
+    p: nn.Parameter,
+    state: dict,
+    lr: Number,
+    betas: tuple[Number, Number] = (0.9, 0.95),
+    weight_decay: Number = 1e-4,
 ) -> None:
-    """Move one parameter against its mean gradient, divided by the root of its mean square.
+    """Move one parameter against its mean gradient, divided by the root of its mean
+    square.
 
     Args:
         p: has its gradient.
-        state: a dict, empty before the first step; keeps both means and counts the steps.
+        state: a dict, empty before the first step; keeps both means and counts the
+            steps.
         lr: learning rate.
         betas: shares of the old mean and of the old mean square that are kept.
         weight_decay: share of the parameter, times `lr`, that is taken off.
@@ -91,7 +113,9 @@ def adamw_step(
     state["count"] += 1
     p.mul_(1 - lr * weight_decay)
     mean = state["mean"].lerp_(p.grad, 1 - betas[0]) / (1 - betas[0] ** state["count"])
-    square = state["square"].lerp_(p.grad**2, 1 - betas[1]) / (1 - betas[1] ** state["count"])
+    square = state["square"].lerp_(p.grad**2, 1 - betas[1]) / (
+        1 - betas[1] ** state["count"]
+    )
     p.sub_(lr * mean / (square.sqrt() + 1e-8))
 
 # %% ../nbs/93_muon.ipynb #56c3a899
@@ -100,7 +124,8 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         groups: parameter groups with `params`, `lr` and `orthogonal`.
-        momentum: share of the old momentum that is kept in a step, for orthogonal groups.
+        momentum: share of the old momentum that is kept in a step, for orthogonal
+            groups.
         betas: shares of the old mean and mean square that AdamW keeps in a step.
         weight_decay: AdamW's decoupled decay; orthogonal groups have none.
         dtype: of the products in `orthogonalise`.
@@ -109,11 +134,17 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, groups: list[dict], momentum: Number = 0.9, betas: tuple[Number, Number] = (0.9, 0.95),
-        weight_decay: Number = 1e-4, dtype: torch.dtype = torch.float32,
+        self,
+        groups: list[dict],
+        momentum: Number = 0.9,
+        betas: tuple[Number, Number] = (0.9, 0.95),
+        weight_decay: Number = 1e-4,
+        dtype: torch.dtype = torch.float32,
     ):
         self.dtype = dtype
-        super().__init__(groups, {"momentum": momentum, "betas": betas, "weight_decay": weight_decay})
+        super().__init__(
+            groups, {"momentum": momentum, "betas": betas, "weight_decay": weight_decay}
+        )
 
     def step(self) -> None:
         """Move every parameter that has a gradient."""
@@ -121,10 +152,23 @@ class Muon(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if group["orthogonal"]:
                 for alike in same_shape(params):
-                    muon_step(alike, [self.state[p] for p in alike], group["lr"], group["momentum"], self.dtype)
+                    muon_step(
+                        alike,
+                        [self.state[p] for p in alike],
+                        group["lr"],
+                        group["momentum"],
+                        self.dtype,
+                    )
             else:
                 for p in params:
-                    adamw_step(p, self.state[p], group["lr"], group["betas"], group["weight_decay"])
+                    adamw_step(
+                        p,
+                        self.state[p],
+                        group["lr"],
+                        group["betas"],
+                        group["weight_decay"],
+                    )
+
 
 def same_shape(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Sort parameters into lists of one shape each, so that one product serves many."""

@@ -20,7 +20,8 @@ from torch import Tensor
 # %% ../nbs/00_notation.ipynb #cell-008
 @contextmanager
 def expect_error(kind: type[BaseException], words: str = "") -> Iterator[None]:
-    """Pass only if the block raises `kind` with `words` in its message; print the head of the message for the reader.
+    """Pass only if the block raises `kind` with `words` in its message; print the head
+    of the message for the reader.
 
     Args:
         kind: the error class that must be raised.
@@ -33,18 +34,23 @@ def expect_error(kind: type[BaseException], words: str = "") -> Iterator[None]:
         yield
     except kind as error:
         if not re.search(re.escape(words), str(error), re.IGNORECASE):
-            raise AssertionError(f"expected {words!r} in the message, got: {error}") from error
-        head, *_ = re.split(r"\n-{5,}", str(error))  # below its line of dashes, a shape error goes into detail
+            raise AssertionError(
+                f"expected {words!r} in the message, got: {error}"
+            ) from error
+        # below its line of dashes, a shape error goes into detail
+        head, *_ = re.split(r"\n-{5,}", str(error))
         print(f"{type(error).__name__}: {head}")
         return
     raise AssertionError(f"expected {kind.__name__}, but nothing was raised")
 
 # %% ../nbs/00_notation.ipynb #cell-012b
 def check_exercise(check: Callable[..., object], *arguments: object) -> None:
-    """Run the check of an exercise, and tell the reader where it stands: open, not yet right, or right.
+    """Run the check of an exercise, and tell the reader where it stands: open, not yet
+    right, or right.
 
     Args:
-        check: raises NotImplementedError as long as nothing is written, and any other error if something is wrong.
+        check: raises NotImplementedError as long as nothing is written, and any other
+            error if something is wrong.
         arguments: handed to the check.
     """
     try:
@@ -53,8 +59,15 @@ def check_exercise(check: Callable[..., object], *arguments: object) -> None:
         print("open: write your answer, run its cell, and then this one again")
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.line for frame in frames if frame.name == getattr(check, "__name__", "")]
-        print(f"not yet: {type(error).__name__} {error}\n    at: {lines[-1] if lines else 'the check'}")
+        lines = [
+            frame.line
+            for frame in frames
+            if frame.name == getattr(check, "__name__", "")
+        ]
+        print(
+            f"not yet: {type(error).__name__} {error}\n    at:"
+            f" {lines[-1] if lines else 'the check'}"
+        )
     else:
         print("right")
 
@@ -84,8 +97,11 @@ Number = int | float  # an argument that may be written 5 or 5.0
 
 # %% ../nbs/00_notation.ipynb #cell-032
 def toy_image() -> Float[Tensor, "3 6 8"]:
-    """The picture that `toy_targets` describes, one pixel a cell: an orange cat and a dark dog, sky and grass."""
-    colours = torch.tensor([[0.5, 0.8, 1.0], [0.3, 0.8, 0.2], [1.0, 0.6, 0.2], [0.3, 0.2, 0.1]])
+    """The picture that `toy_targets` describes, one pixel a cell: an orange cat and a
+    dark dog, sky and grass."""
+    colours = torch.tensor(
+        [[0.5, 0.8, 1.0], [0.3, 0.8, 0.2], [1.0, 0.6, 0.2], [0.3, 0.2, 0.1]]
+    )
     sky, grass, cat, dog = colours[:, :, None, None]
     image = sky.repeat(1, 6, 8)
     image[:, 4:] = grass
@@ -94,11 +110,13 @@ def toy_image() -> Float[Tensor, "3 6 8"]:
 
 # %% ../nbs/00_notation.ipynb #cell-034
 class Target(TypedDict):
-    """The truth of one image: contiguous class ids from 0 and normalised cxcywh boxes, plus what a dataset may add.
+    """The truth of one image: contiguous class ids from 0 and normalised cxcywh boxes,
+    plus what a dataset may add.
 
     Attributes:
         labels: class of each object, in [0, number of classes).
-        boxes: one box an object, normalised cxcywh; in three dimensions, what the dataset measures.
+        boxes: one box an object, normalised cxcywh; in three dimensions, what the
+            dataset measures.
         image_id: the dataset's number of the image.
         size: (height, width) in pixels of the picture in which results are reported.
         masks: True where a pixel belongs to the object.
@@ -116,7 +134,8 @@ class Target(TypedDict):
 
 # %% ../nbs/00_notation.ipynb #cell-036
 def toy_targets() -> list[Target]:
-    """The batch of one image that chapters use when numbers must fit on the screen: a cat (0) and a dog (1)."""
+    """The batch of one image that chapters use when numbers must fit on the screen: a
+    cat (0) and a dog (1)."""
     boxes = torch.tensor([[0.25, 0.40, 0.30, 0.40], [0.70, 0.55, 0.40, 0.50]])
     return [Target(labels=torch.tensor([0, 1]), boxes=boxes, image_id=7, size=(6, 8))]
 
@@ -126,25 +145,32 @@ class Prediction(NamedTuple):
 
     Attributes:
         logits: class scores before the softmax or the sigmoid.
-        boxes: the r numbers of each box; in DETR cxcywh in [0, 1], relative to the unpadded image.
+        boxes: the r numbers of each box; in DETR cxcywh in [0, 1], relative to the
+            unpadded image.
     """
 
     logits: Float[Tensor, "b q c"]
     boxes: Float[Tensor, "b q r"]
 
-Pairs = list[tuple[Int[Tensor, " _"], Int[Tensor, " _"]]]  # for each image: ids of queries, and of their targets
+
+# for each image: ids of queries, and of their targets
+Pairs = list[tuple[Int[Tensor, " _"], Int[Tensor, " _"]]]
+
 
 class Output(NamedTuple):
-    """Predictions of every decoder layer; `[-1]` on the first axis is the prediction proper.
+    """Predictions of every decoder layer; `[-1]` on the first axis is the prediction
+    proper.
 
-    DETR fills the first three fields. The others are for its descendants, and for masks.
+    DETR fills the first three fields. The others are for its descendants, and for
+    masks.
 
     Attributes:
         logits: class scores before the softmax; in DETR the last column is no-object.
         boxes: cxcywh in [0, 1], relative to the unpadded image.
         content: what the head was given: the normalised content of each query.
         masks: a score for each pixel and each query of the last layer.
-        matches: who belongs to whom, where it is known beforehand; else the matcher finds out.
+        matches: who belongs to whom, where it is known beforehand; else the matcher
+            finds out.
         extra: predictions of parts that exist in training only, by name.
         repeats: how many queries each object has among the known matches.
     """
@@ -158,70 +184,104 @@ class Output(NamedTuple):
     repeats: int = 1
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> "Output":
-        """The same with every predicted tensor changed, those of the extra parts too; known matches stay.
+        """The same with every predicted tensor changed, those of the extra parts too;
+        known matches stay.
 
         Args:
             change: maps a tensor to a tensor, such as `Tensor.float`.
         """
-        old = {"logits": self.logits, "boxes": self.boxes, "content": self.content, "masks": self.masks}
+        old = {
+            "logits": self.logits,
+            "boxes": self.boxes,
+            "content": self.content,
+            "masks": self.masks,
+        }
         new = {name: change(value) for name, value in old.items() if value is not None}
-        return self._replace(**new, extra={name: part.apply(change) for name, part in self.extra.items()})
+        return self._replace(
+            **new, extra={name: part.apply(change) for name, part in self.extra.items()}
+        )
 
     def layer(self, i: int) -> "Output":
         """One decoder layer alone, as an output of one layer; masks belong to the last.
 
         Args:
-            i: number of the layer; negative numbers count from the end. Extra parts of as many layers follow.
+            i: number of the layer; negative numbers count from the end. Extra parts of
+                as many layers follow.
         """
         count = len(self.logits)
         row = slice(i % count, i % count + 1)
         return self._replace(
-            logits=self.logits[row], boxes=self.boxes[row], content=None if self.content is None else self.content[row],
+            logits=self.logits[row],
+            boxes=self.boxes[row],
+            content=None if self.content is None else self.content[row],
             masks=self.masks if row.stop == count else None,
-            extra={name: part.layer(i) if len(part.logits) == count else part for name, part in self.extra.items()},
+            extra={
+                name: part.layer(i) if len(part.logits) == count else part
+                for name, part in self.extra.items()
+            },
         )
 
     def queries(self, part: slice | Int[Tensor, " n"]) -> "Output":
-        """Some of the queries alone, or all in another order; nothing extra, and no known matches.
+        """Some of the queries alone, or all in another order; nothing extra, and no
+        known matches.
 
         Args:
             part: which, as an index.
         """
         return Output(
-            self.logits[:, :, part], self.boxes[:, :, part], None if self.content is None else self.content[:, :, part],
+            self.logits[:, :, part],
+            self.boxes[:, :, part],
+            None if self.content is None else self.content[:, :, part],
             None if self.masks is None else self.masks[:, part],
         )
 
 # %% ../nbs/00_notation.ipynb #cell-047
 def toy_output() -> Output:
-    """Three queries and two decoder layers for `toy_targets`: logits for cat, dog and no-object, and boxes."""
-    boxes = torch.tensor([
-        [[0.50, 0.50, 0.60, 0.60], [0.60, 0.50, 0.50, 0.50], [0.40, 0.50, 0.50, 0.50]],
-        [[0.72, 0.52, 0.40, 0.46], [0.60, 0.50, 0.30, 0.30], [0.27, 0.42, 0.28, 0.36]],
-    ])
-    logits = torch.tensor([
-        [[0.2, 0.3, 1.0], [0.1, 0.6, 0.8], [0.5, 0.2, 0.7]],
-        [[0.1, 2.5, 0.4], [0.3, 1.0, 1.6], [2.2, 0.2, 0.3]],
-    ])
+    """Three queries and two decoder layers for `toy_targets`: logits for cat, dog and
+    no-object, and boxes."""
+    boxes = torch.tensor(
+        [
+            [
+                [0.50, 0.50, 0.60, 0.60],
+                [0.60, 0.50, 0.50, 0.50],
+                [0.40, 0.50, 0.50, 0.50],
+            ],
+            [
+                [0.72, 0.52, 0.40, 0.46],
+                [0.60, 0.50, 0.30, 0.30],
+                [0.27, 0.42, 0.28, 0.36],
+            ],
+        ]
+    )
+    logits = torch.tensor(
+        [
+            [[0.2, 0.3, 1.0], [0.1, 0.6, 0.8], [0.5, 0.2, 0.7]],
+            [[0.1, 2.5, 0.4], [0.3, 1.0, 1.6], [2.2, 0.2, 0.3]],
+        ]
+    )
     return Output(logits[:, None], boxes[:, None])
 
 # %% ../nbs/00_notation.ipynb #cell-062
 class Memory(NamedTuple):
     """What the encoder reads and writes: the cells of each image as a list of tokens.
 
-    DETR itself reads `x`, `pos` and `pad`; pictures of this book also read `xy`, `shapes` and `features`, and the rest
-    is for descendants. Tokens stand level by level, view by view, row by row.
+    DETR itself reads `x`, `pos` and `pad`; pictures of this book also read `xy`,
+    `shapes` and `features`, and the rest is for descendants. Tokens stand level by
+    level, view by view, row by row.
 
     Attributes:
         x: content of the tokens.
-        pos: position embedding of the tokens, added to queries and keys, never to values.
+        pos: position embedding of the tokens, added to queries and keys, never to
+            values.
         pad: True where a token is padding.
         xy: centre of each token's cell, (x, y) in units of the unpadded image.
         shapes: (height, width) of the grid of every feature level.
         features: the backbone's feature maps, finest first.
         valid: share (x, y) of each level's grid that is picture, in whole cells.
-        cells: size (x, y) of the picture in cells of each level, exactly: pixels by stride.
-        cameras: for each view of a scene, what maps metres to shares (x, y) of the padded picture; None without views.
+        cells: size (x, y) of the picture in cells of each level, exactly: pixels by
+            stride.
+        cameras: for each view of a scene, what maps metres to shares (x, y) of the
+            padded picture; None without views.
     """
 
     x: Float[Tensor, "b s d"]
@@ -236,18 +296,28 @@ class Memory(NamedTuple):
 
     def sides(self) -> Float[Tensor, "l 2"]:
         """Columns and rows of every level's grid, on the device of the tokens."""
-        rows = [torch.stack((self.x.new_full((), columns), self.x.new_full((), rows))) for rows, columns in self.shapes]
+        rows = [
+            torch.stack((self.x.new_full((), columns), self.x.new_full((), rows)))
+            for rows, columns in self.shapes
+        ]
         return torch.stack(rows)
 
     def grids(self) -> list[Float[Tensor, "b_v d y x"]]:
-        """The tokens of each level as a picture again; the views of a scene lie side by side in the batch."""
+        """The tokens of each level as a picture again; the views of a scene lie side by
+        side in the batch."""
         views = 1 if self.cameras is None else self.cameras.shape[1]
-        levels = self.x.split([views * rows * columns for rows, columns in self.shapes], 1)
-        grids = [x.unflatten(1, (views, *shape)).flatten(0, 1) for x, shape in zip(levels, self.shapes, strict=True)]
+        levels = self.x.split(
+            [views * rows * columns for rows, columns in self.shapes], 1
+        )
+        grids = [
+            x.unflatten(1, (views, *shape)).flatten(0, 1)
+            for x, shape in zip(levels, self.shapes, strict=True)
+        ]
         return [grid.permute(0, 3, 1, 2) for grid in grids]
 
     def masked(self) -> "Memory":
-        """The same memory with zeros where a token is padding: for those who read between cells."""
+        """The same memory with zeros where a token is padding: for those who read
+        between cells."""
         return self._replace(x=self.x.masked_fill(self.pad[..., None], 0))
 
 # %% ../nbs/00_notation.ipynb #cell-069
@@ -266,12 +336,15 @@ class QueryGroup(NamedTuple):
     matches: Pairs | None = None
     repeats: int = 1
 
+
 class Queries(NamedTuple):
     """What the decoder starts from.
 
     Attributes:
-        content: what a query has learned about the image so far; zero at the start in DETR.
-        pos: the query's position embedding, the learned part of an object query in DETR.
+        content: what a query has learned about the image so far; zero at the start in
+            DETR.
+        pos: the query's position embedding, the learned part of an object query in
+            DETR.
         ref: reference numbers of each query, or None where a model has none.
         self_mask: additive bias on the self-attention among queries, or None.
         groups: queries among these that exist in training only.

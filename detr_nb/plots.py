@@ -27,29 +27,50 @@ from .boxes import cxcywh_to_xyxy, scale_boxes
 from .notation import Number, Target
 
 # %% ../nbs/90_plots.ipynb #5a89f209
-# After Okabe and Ito's colours, which people with the common kinds of colour blindness can tell apart.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#4D4D4D")
+# After Okabe and Ito's colours, which people with the common kinds of colour blindness
+# can tell apart.
+PALETTE = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#8C6D31",
+    "#4D4D4D",
+)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-LEVELS = 32  # of each colour in a shown image: noise in finer steps only makes the notebook's files large
+# of each colour in a shown image: noise in finer steps only makes the notebook's files
+# large
+LEVELS = 32
 
 # %% ../nbs/90_plots.ipynb #1193a743
 def colour(index: int) -> str:
-    """The palette's colour for a class, a set of boxes or a curve; it repeats after eight."""
+    """The palette's colour for a class, a set of boxes or a curve; it repeats after
+    eight."""
     return PALETTE[index % len(PALETTE)]
 
 # %% ../nbs/90_plots.ipynb #b4380bc6
 STYLE = {
-    "figure.dpi": 110, "figure.facecolor": "white", "savefig.facecolor": "white",
-    "figure.constrained_layout.use": True, "font.size": 9, "axes.titlesize": 10,
-    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+    "figure.dpi": 110,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "figure.constrained_layout.use": True,
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
 }
 
 # %% ../nbs/90_plots.ipynb #a25796ee
 Numbers = Tensor | np.ndarray | Sequence | range
 
+
 @contextmanager
 def styled() -> Iterator[None]:
-    """The style holds for the length of a block, or of a decorated function, and is gone after it."""
+    """The style holds for the length of a block, or of a decorated function, and is
+    gone after it."""
     before = {name: plt.rcParams[name] for name in STYLE}
     plt.rcParams.update(STYLE)
     try:
@@ -60,11 +81,17 @@ def styled() -> Iterator[None]:
 
 def as_array(values: Numbers) -> Shaped[np.ndarray, "..."]:
     """Any numbers as a NumPy array, detached and on the CPU."""
-    return values.detach().cpu().float().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    return (
+        values.detach().cpu().float().numpy()
+        if isinstance(values, Tensor)
+        else np.asarray(values)
+    )
 
 # %% ../nbs/90_plots.ipynb #341106ca
 @styled()
-def axes_grid(n: int, columns: int = 4, width: Number = 1.85, height: Number = 1.85) -> list[Axes]:
+def axes_grid(
+    n: int, columns: int = 4, width: Number = 1.85, height: Number = 1.85
+) -> list[Axes]:
     """A new figure with `n` axes in rows of at most `columns`.
 
     Args:
@@ -96,8 +123,8 @@ def as_picture(image: Shaped[Tensor, "3 y x"]) -> Float[np.ndarray, "y x 3"]:
     """An image as matplotlib wants it: the colours last, in [0, 1], in `LEVELS` steps.
 
     Args:
-        image: uint8, or float in [0, 1], or float normalised by ImageNet's statistics. The last is recognised by values
-            outside [0, 1].
+        image: uint8, or float in [0, 1], or float normalised by ImageNet's statistics.
+            The last is recognised by values outside [0, 1].
     """
     picture = image.detach().cpu().float() / (1 if image.is_floating_point() else 255)
     if picture.numel() and (picture.min() < -0.01 or picture.max() > 1.01):
@@ -107,27 +134,46 @@ def as_picture(image: Shaped[Tensor, "3 y x"]) -> Float[np.ndarray, "y x 3"]:
     return coarse.permute(1, 2, 0).numpy()
 
 # %% ../nbs/90_plots.ipynb #3f16a663
-def draw_box(ax: Axes, box_xyxy: Sequence[Number], colour: str, text: str = "", dashed: bool = False) -> None:
-    """One rectangle with its text on a patch: above the upper left corner, in the lower right one if dashed."""
+def draw_box(
+    ax: Axes,
+    box_xyxy: Sequence[Number],
+    colour: str,
+    text: str = "",
+    dashed: bool = False,
+) -> None:
+    """One rectangle with its text on a patch: above the upper left corner, in the lower
+    right one if dashed."""
     x0, y0, x1, y1 = box_xyxy
-    style = {"fill": False, "edgecolor": colour, "linewidth": 1.6, "linestyle": "--" if dashed else "-"}
+    style = {
+        "fill": False,
+        "edgecolor": colour,
+        "linewidth": 1.6,
+        "linestyle": "--" if dashed else "-",
+    }
     ax.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, **style))
     if text:
         patch = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
         x, y, side = (x1, y1, "right") if dashed else (x0, y0, "left")
-        ax.text(x, y, text, color="white", fontsize=6.5, ha=side, va="bottom", bbox=patch)
+        ax.text(
+            x, y, text, color="white", fontsize=6.5, ha=side, va="bottom", bbox=patch
+        )
 
 
 def caption(label: int | None, names: Sequence[str] | None, score: float | None) -> str:
-    """What stands at a box: its class by name (by number without names), and its score."""
+    """What stands at a box: its class, by name if there are names, and its score."""
     words = [] if label is None else [names[label] if names else str(label)]
     return " ".join(words + ([] if score is None else [f"{score:.2f}"]))
 
 # %% ../nbs/90_plots.ipynb #52bbbf5e
 @styled()
 def show_image(
-    image: Shaped[Tensor, "3 y x"], boxes: Float[Tensor, "t 4"] | None = None, labels: Numbers | None = None,
-    names: Sequence[str] | None = None, scores: Numbers | None = None, title: str = "", ax: Axes | None = None,
+    image: Shaped[Tensor, "3 y x"],
+    boxes: Float[Tensor, "t 4"] | None = None,
+    labels: Numbers | None = None,
+    names: Sequence[str] | None = None,
+    scores: Numbers | None = None,
+    title: str = "",
+    ax: Axes | None = None,
     masks: Bool[Tensor, "t y x"] | None = None,
 ) -> None:
     """Show an image with its boxes drawn back onto it.
@@ -146,89 +192,155 @@ def show_image(
     picture, count = as_picture(image), 0 if boxes is None else len(boxes)
     kinds = [None] * count if labels is None else [int(label) for label in labels]
     tones = [colour(kind or 0) for kind in kinds]
-    for mask, tone in zip(() if masks is None else masks.cpu().numpy(), tones, strict=False):
+    for mask, tone in zip(
+        () if masks is None else masks.cpu().numpy(), tones, strict=False
+    ):
         picture[mask] = 0.45 * picture[mask] + 0.55 * np.array(to_rgb(tone))
     height, width = picture.shape[:2]
     grows = height <= ax.get_window_extent().height
-    ax.imshow(picture, extent=(0, width, height, 0), interpolation="nearest" if grows else "antialiased")
-    corners = [] if boxes is None else scale_boxes(cxcywh_to_xyxy(boxes.detach().cpu()), height, width).tolist()
+    ax.imshow(
+        picture,
+        extent=(0, width, height, 0),
+        interpolation="nearest" if grows else "antialiased",
+    )
+    corners = (
+        []
+        if boxes is None
+        else scale_boxes(cxcywh_to_xyxy(boxes.detach().cpu()), height, width).tolist()
+    )
     marks = [None] * count if scores is None else [float(score) for score in scores]
     for corner, kind, mark, tone in zip(corners, kinds, marks, tones, strict=True):
         draw_box(ax, corner, tone, caption(kind, names, mark))
-    words_on_top = (labels is not None or scores is not None) and any(y0 < height / 12 for _, y0, *_ in corners)
+    words_on_top = (labels is not None or scores is not None) and any(
+        y0 < height / 12 for _, y0, *_ in corners
+    )
     ax.set_title(title, pad=14 if words_on_top else 6)
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
 
 # %% ../nbs/90_plots.ipynb #0e63aeec
 def show_images(
-    images: Sequence[Tensor] | Shaped[Tensor, "n 3 y x"], targets: Sequence[Target] | None = None,
-    names: Sequence[str] | None = None, titles: Sequence[str] | None = None, columns: int = 4,
+    images: Sequence[Tensor] | Shaped[Tensor, "n 3 y x"],
+    targets: Sequence[Target] | None = None,
+    names: Sequence[str] | None = None,
+    titles: Sequence[str] | None = None,
+    columns: int = 4,
 ) -> None:
-    """Show several images, with the boxes (and masks) of their targets, in rows of `columns`."""
-    for place, ax in enumerate(axes_grid(len(images), columns, 7.4 / columns, 7.4 / columns)):
+    """Show several images, with the boxes (and masks) of their targets, in rows of
+    `columns`."""
+    for place, ax in enumerate(
+        axes_grid(len(images), columns, 7.4 / columns, 7.4 / columns)
+    ):
         target = targets[place] if targets else {}
-        show_image(images[place], target.get("boxes"), target.get("labels"), names,
-                   title=titles[place] if titles else "", ax=ax, masks=target.get("masks"))
+        show_image(
+            images[place],
+            target.get("boxes"),
+            target.get("labels"),
+            names,
+            title=titles[place] if titles else "",
+            ax=ax,
+            masks=target.get("masks"),
+        )
 
 # %% ../nbs/90_plots.ipynb #4a677fec
 @styled()
 def show_boxes(
-    sets: Mapping[str, Tensor], labels: Mapping | None = None, title: str = "",
+    sets: Mapping[str, Tensor],
+    labels: Mapping | None = None,
+    title: str = "",
     ax: Axes | None = None,
 ) -> None:
-    """Draw sets of boxes in the unit square, y downwards: the first set solid, the others dashed.
+    """Draw sets of boxes in the unit square, y downwards: the first set solid, the
+    others dashed.
 
     Args:
         sets: name of each set and its boxes, normalised cxcywh.
-        labels: for each named set, a text or number for each box; without it boxes are numbered from 0.
+        labels: for each named set, a text or number for each box; without it boxes are
+            numbered from 0.
         title: what the reader should see.
         ax: where to draw; a new figure otherwise.
     """
     ax = one_axes(ax, 3.6, 3.4)
     for place, (name, boxes) in enumerate(sets.items()):
         texts = (labels or {}).get(name, range(len(boxes)))
-        ax.plot([], [], color=colour(place), linestyle="--" if place else "-", label=name)
-        for corner, text in zip(cxcywh_to_xyxy(boxes.detach().cpu()).tolist(), texts, strict=True):
+        ax.plot(
+            [], [], color=colour(place), linestyle="--" if place else "-", label=name
+        )
+        for corner, text in zip(
+            cxcywh_to_xyxy(boxes.detach().cpu()).tolist(), texts, strict=True
+        ):
             draw_box(ax, corner, colour(place), str(text), dashed=place > 0)
-    ax.set(xlim=(0, 1), ylim=(1, 0), aspect="equal", title=title, xlabel="x", ylabel="y")
+    ax.set(
+        xlim=(0, 1), ylim=(1, 0), aspect="equal", title=title, xlabel="x", ylabel="y"
+    )
     if len(sets) > 1:
-        ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(sets))
+        ax.legend(
+            fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(sets)
+        )
 
 # %% ../nbs/90_plots.ipynb #ef42f182
 def colour_range(matrix: Shaped[np.ndarray, "y x"]) -> dict[str, str | float]:
-    """White to blue from 0 for weights; purple to orange around 0 where there are negative numbers."""
+    """White to blue from 0 for weights; purple to orange around 0 where there are
+    negative numbers."""
     numbers = matrix[np.isfinite(matrix)]
-    low, high = (float(numbers.min()), float(numbers.max())) if numbers.size else (0.0, 1.0)
+    low, high = (
+        (float(numbers.min()), float(numbers.max())) if numbers.size else (0.0, 1.0)
+    )
     if low >= 0:
         return {"cmap": "Blues", "vmin": 0.0, "vmax": high or 1.0}
     return {"cmap": "PuOr", "vmin": -max(-low, high), "vmax": max(-low, high)}
 
 
-def write_numbers(ax: Axes, matrix: Shaped[np.ndarray, "y x"], scale: Mapping[str, str | float]) -> None:
+def write_numbers(
+    ax: Axes, matrix: Shaped[np.ndarray, "y x"], scale: Mapping[str, str | float]
+) -> None:
     """Write each number into its cell, dark on light and light on dark."""
-    middle, reach = (scale["vmin"] + scale["vmax"]) / 2, (scale["vmax"] - scale["vmin"]) / 2
+    middle, reach = (
+        (scale["vmin"] + scale["vmax"]) / 2,
+        (scale["vmax"] - scale["vmin"]) / 2,
+    )
     whole = np.isfinite(matrix).all() and (matrix == matrix.round()).all()
     for (row, column), value in np.ndenumerate(matrix):
-        depth = value / scale["vmax"] if scale["vmin"] == 0 else abs(value - middle) / reach
+        depth = (
+            value / scale["vmax"] if scale["vmin"] == 0 else abs(value - middle) / reach
+        )
         text = f"{value:.0f}" if whole else f"{value:.2f}"
-        ax.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if depth > 0.6 else "#222222")
+        ax.text(
+            column,
+            row,
+            text,
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="white" if depth > 0.6 else "#222222",
+        )
 
 # %% ../nbs/90_plots.ipynb #a3fb153a
 def name_ticks(ax: Axes, rows: Sequence | None, columns: Sequence | None) -> None:
-    """Names instead of numbers at the cells of a matrix; long column names are turned."""
+    """Names at the rows and columns of a matrix; long column names are turned."""
     if rows is not None:
         ax.set_yticks(range(len(rows)), [str(row) for row in rows])
     if columns is not None:
         words = [str(column) for column in columns]
         turn = 45 if sum(map(len, words)) > 40 else 0
-        ax.set_xticks(range(len(words)), words, rotation=turn, ha="right" if turn else "center", fontsize=8)
+        ax.set_xticks(
+            range(len(words)),
+            words,
+            rotation=turn,
+            ha="right" if turn else "center",
+            fontsize=8,
+        )
 
 
 @styled()
 def heatmap(
-    matrix: Shaped[Tensor, "y x"] | Shaped[np.ndarray, "y x"] | Sequence, rows: Sequence | None = None,
-    columns: Sequence | None = None, title: str = "", xlabel: str = "", ylabel: str = "", numbers: bool | None = None,
+    matrix: Shaped[Tensor, "y x"] | Shaped[np.ndarray, "y x"] | Sequence,
+    rows: Sequence | None = None,
+    columns: Sequence | None = None,
+    title: str = "",
+    xlabel: str = "",
+    ylabel: str = "",
+    numbers: bool | None = None,
     ax: Axes | None = None,
 ) -> None:
     """Show a matrix as colours: white is 0.
@@ -240,12 +352,17 @@ def heatmap(
         title: what the reader should see.
         xlabel: what the columns are.
         ylabel: what the rows are.
-        numbers: write the values into the cells; by default where there are at most 100.
+        numbers: write the values into the cells; by default where there are at most
+            100.
         ax: where to draw; a new figure with a colour bar otherwise.
     """
     alone, ax, values = ax is None, one_axes(ax, 4, 3.2), as_array(matrix).astype(float)
     scale = colour_range(values)
-    image = ax.imshow(values, aspect="auto" if max(values.shape) > 12 * min(values.shape) else "equal", **scale)
+    image = ax.imshow(
+        values,
+        aspect="auto" if max(values.shape) > 12 * min(values.shape) else "equal",
+        **scale,
+    )
     if values.size <= 100 if numbers is None else numbers:
         write_numbers(ax, values, scale)
     elif alone:
@@ -257,9 +374,13 @@ def heatmap(
 # %% ../nbs/90_plots.ipynb #81abce31
 @styled()
 def heatmaps(
-    matrices: Sequence | Shaped[Tensor, "n y x"], titles: Sequence[str], columns: int = 4, title: str = ""
+    matrices: Sequence | Shaped[Tensor, "n y x"],
+    titles: Sequence[str],
+    columns: int = 4,
+    title: str = "",
 ) -> None:
-    """Show several matrices side by side, each with its own colour range, without ticks."""
+    """Show several matrices side by side, each with its own colour range, without
+    ticks."""
     axes = axes_grid(len(matrices), columns, 7.4 / columns, 7.4 / columns)
     for matrix, name, ax in zip(matrices, titles, axes, strict=True):
         heatmap(matrix, title=name, numbers=False, ax=ax)
@@ -269,10 +390,15 @@ def heatmaps(
 # %% ../nbs/90_plots.ipynb #90aa0002
 @styled()
 def show_weights(
-    image: Shaped[Tensor, "3 y x"], weights: Float[Tensor, "y2 x2"], boxes: Float[Tensor, "t 4"] | None = None,
-    point: tuple[Number, Number] | None = None, title: str = "", ax: Axes | None = None,
+    image: Shaped[Tensor, "3 y x"],
+    weights: Float[Tensor, "y2 x2"],
+    boxes: Float[Tensor, "t 4"] | None = None,
+    point: tuple[Number, Number] | None = None,
+    title: str = "",
+    ax: Axes | None = None,
 ) -> None:
-    """Lay the weights of a grid over a pale copy of its image: the bluer a cell, the larger its share.
+    """Lay the weights of a grid over a pale copy of its image: the bluer a cell, the
+    larger its share.
 
     Args:
         image: as in `show_image`.
@@ -287,11 +413,29 @@ def show_weights(
     show_image(pale.expand(3, -1, -1), title=title, ax=ax)
     height, width = pale.shape
     depth = values / (values.max() or 1.0)
-    ax.imshow(depth, extent=(0, width, height, 0), cmap="Blues", vmin=0, vmax=1, alpha=0.85 * depth)
-    for corner in [] if boxes is None else scale_boxes(cxcywh_to_xyxy(boxes.detach().cpu()), height, width).tolist():
+    ax.imshow(
+        depth,
+        extent=(0, width, height, 0),
+        cmap="Blues",
+        vmin=0,
+        vmax=1,
+        alpha=0.85 * depth,
+    )
+    for corner in (
+        []
+        if boxes is None
+        else scale_boxes(cxcywh_to_xyxy(boxes.detach().cpu()), height, width).tolist()
+    ):
         draw_box(ax, corner, colour(1))
     if point is not None:
-        ax.plot(point[0] * width, point[1] * height, "x", color=colour(1), markersize=7, markeredgewidth=2)
+        ax.plot(
+            point[0] * width,
+            point[1] * height,
+            "x",
+            color=colour(1),
+            markersize=7,
+            markeredgewidth=2,
+        )
 
 # %% ../nbs/90_plots.ipynb #6871dcbb
 def mark_places(ax: Axes, marks: Mapping) -> None:
@@ -302,12 +446,21 @@ def mark_places(ax: Axes, marks: Mapping) -> None:
             ax.annotate(text, place, (5, -9), textcoords="offset points", fontsize=7)
         else:
             ax.axvline(place, color="#777777", linestyle=":", linewidth=1)
-            ax.text(place, 1, f" {text}", transform=ax.get_xaxis_transform(), fontsize=7, va="top")
+            ax.text(
+                place,
+                1,
+                f" {text}",
+                transform=ax.get_xaxis_transform(),
+                fontsize=7,
+                va="top",
+            )
 
 
 def finish(ax: Axes, names: Sequence, logx: bool, logy: bool, **words: str) -> None:
     """Scales, words and a legend where there is more than one name."""
-    ax.set(xscale="log" if logx else "linear", yscale="log" if logy else "linear", **words)
+    ax.set(
+        xscale="log" if logx else "linear", yscale="log" if logy else "linear", **words
+    )
     ax.grid(alpha=0.25)
     if len(names) > 1:
         ax.legend(fontsize=7)
@@ -315,8 +468,13 @@ def finish(ax: Axes, names: Sequence, logx: bool, logy: bool, **words: str) -> N
 # %% ../nbs/90_plots.ipynb #51e3ee9f
 @styled()
 def curves(
-    lines: Mapping, xlabel: str = "", ylabel: str = "", title: str = "",
-    logx: bool = False, logy: bool = False, marks: Mapping | None = None,
+    lines: Mapping,
+    xlabel: str = "",
+    ylabel: str = "",
+    title: str = "",
+    logx: bool = False,
+    logy: bool = False,
+    marks: Mapping | None = None,
     ax: Axes | None = None,
 ) -> None:
     """Draw curves over one axis.
@@ -328,16 +486,26 @@ def curves(
         title: what the reader should see.
         logx: logarithmic x.
         logy: logarithmic y.
-        marks: name of places to point at: a number is a vertical line at that x, a pair a dot at (x, y).
+        marks: name of places to point at: a number is a vertical line at that x, a pair
+            a dot at (x, y).
         ax: where to draw; a new figure otherwise.
     """
     ax = one_axes(ax, 5, 3)
     for place, (name, (x, y)) in enumerate(lines.items()):
         few = "o" if len(x) <= 12 else None
-        ax.plot(as_array(x), as_array(y), label=name, color=colour(place), linewidth=1.6, marker=few, markersize=3)
+        ax.plot(
+            as_array(x),
+            as_array(y),
+            label=name,
+            color=colour(place),
+            linewidth=1.6,
+            marker=few,
+            markersize=3,
+        )
     finish(ax, list(lines), logx, logy, xlabel=xlabel, ylabel=ylabel, title=title)
     if not logx and all((np.mod(as_array(x), 1) == 0).all() for x, _ in lines.values()):
-        ax.xaxis.get_major_locator().set_params(integer=True)  # no tick between two steps or two layers
+        # no tick between two steps or two layers
+        ax.xaxis.get_major_locator().set_params(integer=True)
     places = sorted({float(value) for x, _ in lines.values() for value in as_array(x)})
     if logx and len(places) <= 6:  # the points themselves say more than powers of ten
         ax.set_xticks(places, [f"{place:g}" for place in places])
@@ -345,13 +513,17 @@ def curves(
     mark_places(ax, marks or {})
 
 # %% ../nbs/90_plots.ipynb #90de0002
-def live_curves(show: Callable[[Figure], object], *names: str) -> Callable[[object], None]:
-    """A function that draws curves of a training run, to be called whenever it has a new row.
+def live_curves(
+    show: Callable[[Figure], object], *names: str
+) -> Callable[[object], None]:
+    """A function that draws curves of a training run, to be called whenever it has a
+    new row.
 
     Args:
         show: takes each new figure.
         names: numbers of the log, such as total or AP; one panel each.
     """
+
     def draw(run: object) -> None:
         panels = axes_grid(len(names), len(names), 3.4, 2.4)
         for ax, name in zip(panels, names, strict=True):
@@ -364,21 +536,36 @@ def live_curves(show: Callable[[Figure], object], *names: str) -> Callable[[obje
 # %% ../nbs/90_plots.ipynb #b4c7fa7f
 @styled()
 def scatter(
-    points: Mapping, xlabel: str = "", ylabel: str = "", title: str = "",
-    logx: bool = False, logy: bool = False, marks: Mapping | None = None,
+    points: Mapping,
+    xlabel: str = "",
+    ylabel: str = "",
+    title: str = "",
+    logx: bool = False,
+    logy: bool = False,
+    marks: Mapping | None = None,
     ax: Axes | None = None,
 ) -> None:
     """Draw clouds of points over one axis; arguments as in `curves`."""
     ax = one_axes(ax, 5, 3)
     for place, (name, (x, y)) in enumerate(points.items()):
         faint = 0.9 if len(x) <= 50 else 0.35
-        ax.scatter(as_array(x), as_array(y), s=10, label=name, color=colour(place), alpha=faint, linewidths=0)
+        ax.scatter(
+            as_array(x),
+            as_array(y),
+            s=10,
+            label=name,
+            color=colour(place),
+            alpha=faint,
+            linewidths=0,
+        )
     finish(ax, list(points), logx, logy, xlabel=xlabel, ylabel=ylabel, title=title)
     mark_places(ax, marks or {})
 
 # %% ../nbs/90_plots.ipynb #d1bda7c2
 @styled()
-def bars(values: Mapping, ylabel: str = "", title: str = "", ax: Axes | None = None) -> None:
+def bars(
+    values: Mapping, ylabel: str = "", title: str = "", ax: Axes | None = None
+) -> None:
     """Draw one bar for each name, with its value on top.
 
     Args:
@@ -388,7 +575,12 @@ def bars(values: Mapping, ylabel: str = "", title: str = "", ax: Axes | None = N
         ax: where to draw; a new figure otherwise.
     """
     ax = one_axes(ax, 5, 3)
-    drawn = ax.bar(range(len(values)), [float(value) for value in values.values()], color=colour(0), width=0.7)
+    drawn = ax.bar(
+        range(len(values)),
+        [float(value) for value in values.values()],
+        color=colour(0),
+        width=0.7,
+    )
     if len(values) <= 12:
         ax.bar_label(drawn, fmt="%.3g", fontsize=7)
     name_ticks(ax, None, list(values))

@@ -23,7 +23,8 @@ def sine_embedding(
     Args:
         positions: numbers of any shape, in radians of the highest frequency.
         width: channels of the result, even.
-        temperature: the frequencies fall from 1 towards 1 / temperature, in equal ratios.
+        temperature: the frequencies fall from 1 towards 1 / temperature, in equal
+            ratios.
 
     Returns:
         Channels 2j and 2j + 1 hold sin and cos of position / temperature^(2j / width).
@@ -34,8 +35,14 @@ def sine_embedding(
     Source: Vaswani et al. 2017, section 3.5.
     """
     if width % 2:
-        raise ValueError(f"sines and cosines come in pairs, so the width must be even, got width={width}")
-    exponent = torch.arange(0, width, 2, dtype=positions.dtype, device=positions.device) / width
+        raise ValueError(
+            "sines and cosines come in pairs, so the width must be even, got"
+            f" width={width}"
+        )
+    exponent = (
+        torch.arange(0, width, 2, dtype=positions.dtype, device=positions.device)
+        / width
+    )
     angle = positions[..., None] * temperature**-exponent
     return torch.stack((angle.sin(), angle.cos()), -1).flatten(-2)  # *n j 2 -> *n width
 
@@ -47,15 +54,16 @@ def grid_coordinates(pad: Bool[Tensor, "b y x"]) -> Float[Tensor, "b y x 2"]:
         pad: True where a cell is padding.
 
     Returns:
-        (x, y) of each cell: 1 at the first valid cell of its row or column and n at the last one; padding after it
-        repeats n.
+        (x, y) of each cell: 1 at the first valid cell of its row or column and n at the
+        last one; padding after it repeats n.
     """
     valid = (~pad).to(torch.get_default_dtype())
     return torch.stack((valid.cumsum(2), valid.cumsum(1)), -1)
 
 # %% ../nbs/02_positions.ipynb #cell-042
 def grid_angles(pad: Bool[Tensor, "b y x"]) -> Float[Tensor, "b y x 2"]:
-    """Place of each cell, (x, y), as a share of its own unpadded image, where the far edge is a full turn of 2 pi.
+    """Place of each cell, (x, y), as a share of its own unpadded image, where the far
+    edge is a full turn of 2 pi.
 
     Args:
         pad: True where a cell is padding.
@@ -64,16 +72,19 @@ def grid_angles(pad: Bool[Tensor, "b y x"]) -> Float[Tensor, "b y x 2"]:
         Radians in [0, 2 pi]; 0 in rows and columns that hold nothing but padding.
     """
     x, y = grid_coordinates(pad).unbind(-1)
-    share = torch.stack((x / (x[:, :, -1:] + 1e-6), y / (y[:, -1:] + 1e-6)), -1)  # 1e-6: a row may be all padding
+    # 1e-6: a row may be all padding
+    share = torch.stack((x / (x[:, :, -1:] + 1e-6), y / (y[:, -1:] + 1e-6)), -1)
     return 2 * math.pi * share
 
 # %% ../nbs/02_positions.ipynb #cell-045
 class SinePositions(nn.Module):
-    """Two-dimensional sine embedding of a padded grid; channels are [y | x] (DETR, appendix A.4).
+    """Two-dimensional sine embedding of a padded grid; channels are [y | x] (DETR,
+    appendix A.4).
 
     Args:
         d: model width, a multiple of 4.
-        temperature: as in `sine_embedding`; 10000 in the authors' code, about 20 suits small grids.
+        temperature: as in `sine_embedding`; 10000 in the authors' code, about 20 suits
+            small grids.
 
     Raises:
         ValueError: if `d` is not a multiple of 4.
@@ -82,7 +93,10 @@ class SinePositions(nn.Module):
     def __init__(self, d: int, temperature: Number = 10000):
         super().__init__()
         if d % 4:
-            raise ValueError(f"two dimensions of sines and cosines need a width that is a multiple of 4, got d={d}")
+            raise ValueError(
+                "two dimensions of sines and cosines need a width that is a multiple"
+                f" of 4, got d={d}"
+            )
         self.d, self.temperature = d, temperature
 
     def extra_repr(self) -> str:
@@ -96,7 +110,8 @@ class SinePositions(nn.Module):
 
 # %% ../nbs/02_positions.ipynb #cell-070
 class LearnedPositions(nn.Module):
-    """A learned vector for each column and each row; channels are [x | y], the opposite of `SinePositions`.
+    """A learned vector for each column and each row; channels are [x | y], the opposite
+    of `SinePositions`.
 
     Args:
         d: model width, even.
@@ -109,7 +124,10 @@ class LearnedPositions(nn.Module):
     def __init__(self, d: int, cells: int = 50):
         super().__init__()
         if d % 2:
-            raise ValueError(f"rows and columns share the width equally, so it must be even, got d={d}")
+            raise ValueError(
+                "rows and columns share the width equally, so it must be even, got"
+                f" d={d}"
+            )
         self.d = d
         self.row, self.col = nn.Embedding(cells, d // 2), nn.Embedding(cells, d // 2)
         nn.init.uniform_(self.row.weight)
@@ -125,13 +143,16 @@ class LearnedPositions(nn.Module):
             The same addresses for every image of the batch.
 
         Raises:
-            ValueError: if the grid has more rows or columns than there are learned vectors.
+            ValueError: if the grid has more rows or columns than there are learned
+                vectors.
         """
         b, y, x = pad.shape
         known = self.row.num_embeddings
         if max(y, x) > known:
-            raise ValueError(f"a grid of {y} x {x} cells, but only {known} rows and columns are learned: use smaller "
-                             f"images, or build with cells={max(y, x)}")
+            raise ValueError(
+                f"a grid of {y} x {x} cells, but only {known} rows and columns are"
+                f" learned: use smaller images, or build with cells={max(y, x)}"
+            )
         columns = self.col.weight[:x].expand(b, y, x, -1)
         rows = self.row.weight[:y, None].expand(b, y, x, -1)
         return torch.cat((columns, rows), -1)

@@ -83,12 +83,16 @@ def rename(name: str, rules: Rules) -> str:
 
 # %% ../nbs/14_pretrained.ipynb #8d8fe83b
 def split_stacked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Cut every stacked query, key and value map of `nn.MultiheadAttention` into its three parts."""
+    """Cut every stacked query, key and value map of `nn.MultiheadAttention` into its
+    three parts."""
     parts = {}
     for name, value in state.items():
         stem, stacked, kind = name.rpartition("in_proj_")
         if stacked:
-            parts |= {f"{stem}{part}.{kind}": third for part, third in zip("qkv", value.chunk(3), strict=True)}
+            parts |= {
+                f"{stem}{part}.{kind}": third
+                for part, third in zip("qkv", value.chunk(3), strict=True)
+            }
         else:
             parts[name] = value
     return parts
@@ -100,18 +104,29 @@ def rows(state: Mapping[str, Tensor], *names: str) -> int | None:
 
 
 def resnet_blocks(names: Iterable[str]) -> str:
-    """The make of a ResNet by the names of its convolutions, such as 3+4+6+3 blocks of 3 convolutions."""
+    """The make of a ResNet by the names of its convolutions, such as 3+4+6+3 blocks of
+    3 convolutions."""
     found = re.findall(r"body\.layer(\d)\.(\d+)\.conv(\d)\.", " ".join(names))
-    blocks = [len({block for stage, block, _ in found if stage == which}) for which in "1234"]
+    blocks = [
+        len({block for stage, block, _ in found if stage == which}) for which in "1234"
+    ]
     if not found:
         return "no ResNet"
-    return f"{'+'.join(map(str, blocks))} blocks of {max(conv for *_, conv in found)} convolutions"
+    return (
+        f"{'+'.join(map(str, blocks))} blocks of {max(conv for *_, conv in found)}"
+        " convolutions"
+    )
 
 
 def architecture(state: Mapping[str, Tensor]) -> dict[str, int | str | None]:
-    """The arguments of a build function that a state dict under our names reveals; None for what is not there."""
-    layers = {part: {name.split(".")[2] for name in state if name.startswith(f"{part}.layers.")}
-              for part in ("encoder", "decoder")}
+    """The arguments of a build function that a state dict under our names reveals; None
+    for what is not there."""
+    layers = {
+        part: {
+            name.split(".")[2] for name in state if name.startswith(f"{part}.layers.")
+        }
+        for part in ("encoder", "decoder")
+    }
     classes = rows(state, "decoder.head.classes.bias", "linear_class.bias")
     return {
         "num_classes": None if classes is None else classes - 1,
@@ -126,29 +141,43 @@ def architecture(state: Mapping[str, Tensor]) -> dict[str, int | str | None]:
 # %% ../nbs/14_pretrained.ipynb #6dc4e557
 def differences(theirs: Mapping[str, object], ours: Mapping[str, object]) -> list[str]:
     """One phrase for every setting that both sides know and that differs."""
-    return [f"{key} is {theirs[key]} in the file and {ours[key]} in the model"
-            for key in ours if None not in (theirs.get(key), ours[key]) and theirs[key] != ours[key]]
+    return [
+        f"{key} is {theirs[key]} in the file and {ours[key]} in the model"
+        for key in ours
+        if None not in (theirs.get(key), ours[key]) and theirs[key] != ours[key]
+    ]
 
 
 def misfits(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    """What keeps a state dict from fitting another: arguments of the build function, or else single tensors."""
+    """What keeps a state dict from fitting another: arguments of the build function, or
+    else single tensors."""
     if found := differences(architecture(state), architecture(own)):
         return found
     both = state.keys() & own.keys()
-    shapes = {name: [tuple(where[name].shape) for where in (state, own)] for name in both}
+    shapes = {
+        name: [tuple(where[name].shape) for where in (state, own)] for name in both
+    }
     kinds = {
         "missing from the file": own.keys() - both,
         "unknown to the model": state.keys() - both,
-        "of another shape": {f"{name} {a} for {b}" for name, (a, b) in shapes.items() if a != b},
+        "of another shape": {
+            f"{name} {a} for {b}" for name, (a, b) in shapes.items() if a != b
+        },
     }
-    return [f"{kind}: {short_list(sorted(names), 3)}" for kind, names in kinds.items() if names]
+    return [
+        f"{kind}: {short_list(sorted(names), 3)}"
+        for kind, names in kinds.items()
+        if names
+    ]
 
 # %% ../nbs/14_pretrained.ipynb #5406df4a
-ALWAYS = {"activation_function": "relu", "downsample_in_bottleneck": False}  # what files may choose, and we do not
+# what files may choose, and we do not
+ALWAYS = {"activation_function": "relu", "downsample_in_bottleneck": False}
 
 
 def settings_of(model: nn.Module) -> dict[str, object]:
-    """What must be the same in a file and a model for weights to mean the same; nothing for a model of no `Config`."""
+    """What must be the same in a file and a model for weights to mean the same; nothing
+    for a model of no `Config`."""
     config = getattr(model, "config", None)
     return {**config.bound(), **ALWAYS} if isinstance(config, ModelConfig) else {}
 
@@ -158,7 +187,8 @@ class Checkpoint(NamedTuple):
 
     Attributes:
         state: the tensors.
-        settings: fields of its model's configuration, by dotted name, that the file tells beside the weights.
+        settings: fields of its model's configuration, by dotted name, that the file
+            tells beside the weights.
         names: names of the classes, if it gives them.
         category_ids: the dataset's own id of each class, if it gives them.
         preprocess: how pictures were prepared, if it says so.
@@ -178,7 +208,8 @@ class Checkpoint(NamedTuple):
 
 
 def unpickle_tensors(path: Path) -> object:
-    """Read what torch.save wrote: tensors and plain values, and the argparse.Namespace of the authors' script.
+    """Read what torch.save wrote: tensors and plain values, and the argparse.Namespace
+    of the authors' script.
 
     Raises:
         ValueError: if the file is damaged, or holds anything else.
@@ -186,15 +217,23 @@ def unpickle_tensors(path: Path) -> object:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged file raises depends on where it is damaged
+    except (
+        Exception
+    ) as error:  # what a damaged file raises depends on where it is damaged
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise ValueError(f"{path} holds more than tensors ({refused[1]}), which could run code and is not loaded: "
-                             "where it was made, save it again as {'model': model.state_dict()}") from error
-        raise ValueError(f"{path} is damaged, cut off or no checkpoint ({os.path.getsize(path)} bytes): get it again; "
-                         f"reading it ended in {type(error).__name__}") from error
+            raise ValueError(
+                f"{path} holds more than tensors ({refused[1]}), which could run code"
+                " and is not loaded: where it was made, save it again as {'model':"
+                " model.state_dict()}"
+            ) from error
+        raise ValueError(
+            f"{path} is damaged, cut off or no checkpoint ({os.path.getsize(path)}"
+            f" bytes): get it again; reading it ended in {type(error).__name__}"
+        ) from error
 
 # %% ../nbs/14_pretrained.ipynb #96070abe
-OPTIONS = {"nheads": "nheads", "pre_norm": "pre_norm", "dilation": "backbone.dilation"}  # of the authors: our fields
+# of the authors: our fields
+OPTIONS = {"nheads": "nheads", "pre_norm": "pre_norm", "dilation": "backbone.dilation"}
 
 
 def read_torch(path: Path) -> Checkpoint:
@@ -206,66 +245,104 @@ def read_torch(path: Path) -> Checkpoint:
     saved = unpickle_tensors(path)
     saved = saved if isinstance(saved, dict) else {}
     state = saved.get("model", saved)
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no weights: expected a state dict, or one under the key 'model'; "
-                         f"found {short_list(saved, 5) or 'no dictionary'}")
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(value, Tensor) for value in state.values())
+    ):
+        raise ValueError(
+            f"{path} holds no weights: expected a state dict, or one under the key"
+            f" 'model'; found {short_list(saved, 5) or 'no dictionary'}"
+        )
     told = vars(saved.get("args", argparse.Namespace()))
-    settings = {field: told[option] for option, field in OPTIONS.items() if option in told}
-    if path.name in {address.rpartition("/")[2] for address in PUBLISHED.values()} and "demo" not in path.name:
-        settings["backbone.dilation"] = "dc5" in path.name  # the published files hold weights only
+    settings = {
+        field: told[option] for option, field in OPTIONS.items() if option in told
+    }
+    if (
+        path.name in {address.rpartition("/")[2] for address in PUBLISHED.values()}
+        and "demo" not in path.name
+    ):
+        # the published files hold weights only
+        settings["backbone.dilation"] = "dc5" in path.name
     config, words = None, saved.get("description") or {}
     if words:
         try:
             config = read_description(words)
         except ConfigError as error:
-            raise ValueError(f"{path} does not describe a model of this release ({error}): build one yourself, and "
-                             "save only its state_dict for load_pretrained") from error
+            raise ValueError(
+                f"{path} does not describe a model of this release ({error}): build one"
+                " yourself, and save only its state_dict for load_pretrained"
+            ) from error
         settings = config.bound()
     preprocess = Preprocess.read(saved["preprocess"]) if "preprocess" in saved else None
-    told = (saved.get("names"), saved.get("category_ids"), preprocess, saved.get("threshold"))
+    told = (
+        saved.get("names"),
+        saved.get("category_ids"),
+        preprocess,
+        saved.get("threshold"),
+    )
     return Checkpoint(state, settings, *told, config, words.get("num_classes"))
 
 # %% ../nbs/14_pretrained.ipynb #37c42667
 PUBLISHED = {
-    name: f"https://dl.fbaipublicfiles.com/detr/{file}.pth" for name, file in {
-        "detr-r50": "detr-r50-e632da11", "detr-r50-dc5": "detr-r50-dc5-f0fb7ef5",
-        "detr-r101": "detr-r101-2c7b67e5", "detr-r101-dc5": "detr-r101-dc5-a2e86def",
-        "detr-r50-panoptic": "detr-r50-panoptic-00ce5173", "detr-r50-dc5-panoptic": "detr-r50-dc5-panoptic-da08f1b1",
-        "detr-r101-panoptic": "detr-r101-panoptic-40021d53", "detr-demo": "detr_demo-da2a99e9",
+    name: f"https://dl.fbaipublicfiles.com/detr/{file}.pth"
+    for name, file in {
+        "detr-r50": "detr-r50-e632da11",
+        "detr-r50-dc5": "detr-r50-dc5-f0fb7ef5",
+        "detr-r101": "detr-r101-2c7b67e5",
+        "detr-r101-dc5": "detr-r101-dc5-a2e86def",
+        "detr-r50-panoptic": "detr-r50-panoptic-00ce5173",
+        "detr-r50-dc5-panoptic": "detr-r50-dc5-panoptic-da08f1b1",
+        "detr-r101-panoptic": "detr-r101-panoptic-40021d53",
+        "detr-demo": "detr_demo-da2a99e9",
     }.items()
 }
 
 # %% ../nbs/14_pretrained.ipynb #a8f9284a
 def download(address: str) -> Path:
-    """The place of a published file in torch.hub's cache; it is fetched and checked if it is not there.
+    """The place of a published file in torch.hub's cache; it is fetched and checked if
+    it is not there.
 
     Raises:
-        ValueError: if the address carries no hash, or what came has another one; nothing is kept then.
+        ValueError: if the address carries no hash, or what came has another one;
+            nothing is kept then.
         RuntimeError: if the network does not give the file.
     """
     name = Path(urlsplit(address).path).name
     digits = re.search(r"-([0-9a-f]{8,64})\.", name)
     if not digits:
-        raise ValueError(f"{address} carries no hash in its name (as in name-0123abcd.pth), so a broken file could not "
-                         "be noticed: download it yourself and give its path")
+        raise ValueError(
+            f"{address} carries no hash in its name (as in name-0123abcd.pth), so a"
+            " broken file could not be noticed: download it yourself and give its path"
+        )
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(address, str(path), digits[1])
         except RuntimeError as error:
-            raise ValueError(f"what {address} gave is broken or another file, and was not kept: {error}. "
-                             "Try again, or get the file another way and give its path") from error
+            raise ValueError(
+                f"what {address} gave is broken or another file, and was not kept:"
+                f" {error}. Try again, or get the file another way and give its path"
+            ) from error
         except OSError as error:
-            raise RuntimeError(f"the network does not give {address} ({error}): try again, or put the file into "
-                               f"{path.parent}, or give its path") from error
+            raise RuntimeError(
+                f"the network does not give {address} ({error}): try again, or put the"
+                f" file into {path.parent}, or give its path"
+            ) from error
     return path
 
 # %% ../nbs/14_pretrained.ipynb #38d7022c
 HUGGING_FACE: Rules = (
     (r"^detr\.", ""),
-    (r"^model\.(backbone\.)?position_embedding\.(row|col)(umn)?_embeddings\.", r"memory.positions.\2."),
-    (r"^model\.backbone\.(conv_encoder\.)?(model\.)?(_backbone\.)?", "memory.backbone.body."),
+    (
+        r"^model\.(backbone\.)?position_embedding\.(row|col)(umn)?_embeddings\.",
+        r"memory.positions.\2.",
+    ),
+    (
+        r"^model\.backbone\.(conv_encoder\.)?(model\.)?(_backbone\.)?",
+        "memory.backbone.body.",
+    ),
     (r"\.embedder\.embedder\.convolution\.", ".conv1."),
     (r"\.embedder\.embedder\.normalization\.", ".bn1."),
     *((rf"\.encoder\.stages\.{i}\.layers\.", f".layer{i + 1}.") for i in range(4)),
@@ -277,7 +354,10 @@ HUGGING_FACE: Rules = (
     (r"^input_projection\.", "memory.project."),
     (r"^query_position_embeddings\.", "queries.embedding."),
     (r"^class_labels_classifier\.", "decoder.head.classes."),
-    *((rf"^bbox_predictor\.layers\.{i}\.", f"decoder.head.boxes.{2 * i}.") for i in range(3)),
+    *(
+        (rf"^bbox_predictor\.layers\.{i}\.", f"decoder.head.boxes.{2 * i}.")
+        for i in range(3)
+    ),
     (r"^(encoder|decoder)\.layernorm\.", r"\1.norm."),
     (r"\.self_attn\.", ".attention."),
     (r"\.encoder_attn\.", ".cross.attention."),
@@ -299,27 +379,47 @@ def folder_config(folder: Path) -> dict:
     """
     file = folder / "config.json"
     config = read_json(file) if file.exists() else {}
-    if config.get("model_type", "detr") not in ("detr", "table-transformer", MODEL_TYPE):
-        raise ValueError(f"{file} is of a {config['model_type']!r} model: load_pretrained reads those of 'detr'")
+    if config.get("model_type", "detr") not in (
+        "detr",
+        "table-transformer",
+        MODEL_TYPE,
+    ):
+        raise ValueError(
+            f"{file} is of a {config['model_type']!r} model: load_pretrained reads"
+            " those of 'detr'"
+        )
     return config
 
 
 def config_settings(config: Mapping) -> dict[str, object]:
-    """What a Hugging Face configuration says about the things that weights do not show."""
+    """What a Hugging Face configuration says beyond what weights show."""
     told = {**(config.get("backbone_config") or {}), **config}
-    told |= {"nheads": told.get("encoder_attention_heads"), "pre_norm": told.get("model_type") == "table-transformer"}
+    told |= {
+        "nheads": told.get("encoder_attention_heads"),
+        "pre_norm": told.get("model_type") == "table-transformer",
+    }
     fields = OPTIONS | {name: name for name in ALWAYS}
-    return {field: told[name] for name, field in fields.items() if told.get(name) is not None} if config else {}
+    return (
+        {
+            field: told[name]
+            for name, field in fields.items()
+            if told.get(name) is not None
+        }
+        if config
+        else {}
+    )
 
 # %% ../nbs/14_pretrained.ipynb #14aa0002
 NO_LIMIT = 2**20  # pixels: longer than any side
 
 
 def folder_preprocess(folder: Path) -> Preprocess | None:
-    """What preprocessor_config.json of a Hugging Face folder asks for; None if there is no such file.
+    """What preprocessor_config.json of a Hugging Face folder asks for; None if there is
+    no such file.
 
     Raises:
-        ValueError: if it is damaged, or sizes pictures by a rule that `Preprocess` does not know.
+        ValueError: if it is damaged, or sizes pictures by a rule that `Preprocess` does
+            not know.
     """
     file = folder / "preprocessor_config.json"
     if not file.exists():
@@ -330,49 +430,80 @@ def folder_preprocess(folder: Path) -> Preprocess | None:
         size = {"shortest_edge": size, "longest_edge": told.get("max_size", 1333)}
     known = ({"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"height", "width"})
     if not told.get("do_resize", True) or set(size) not in known:
-        raise ValueError(f"{file}: do_resize {told.get('do_resize', True)} with size {size} is a rule that is not "
-                         "known here: leave the file out, and set model.preprocess yourself")
+        raise ValueError(
+            f"{file}: do_resize {told.get('do_resize', True)} with size {size} is a"
+            " rule that is not known here: leave the file out, and set"
+            " model.preprocess yourself"
+        )
     if "height" in size:
         sides = {"size": (size["height"], size["width"])}
     else:
-        sides = {"short_side": size["shortest_edge"], "longest": size.get("longest_edge", NO_LIMIT)}
+        sides = {
+            "short_side": size["shortest_edge"],
+            "longest": size.get("longest_edge", NO_LIMIT),
+        }
     if not told.get("do_normalize", True):
         return Preprocess(**sides, mean=(0, 0, 0), std=(1, 1, 1))
-    colours = {ours: tuple(told[theirs]) for ours, theirs in (("mean", "image_mean"), ("std", "image_std"))
-               if theirs in told}
+    colours = {
+        ours: tuple(told[theirs])
+        for ours, theirs in (("mean", "image_mean"), ("std", "image_std"))
+        if theirs in told
+    }
     return Preprocess(**sides, **colours)
 
 # %% ../nbs/14_pretrained.ipynb #751d0ea1
 def read_hugging_face(path: Path) -> Checkpoint:
-    """Read a Hugging Face folder or one of `save_pretrained`, or one safetensors file with the configuration beside it.
+    """Read a Hugging Face folder or one of `save_pretrained`, or one safetensors file
+    with the configuration beside it.
 
     Raises:
-        ValueError: if the folder holds no safetensors, a file is damaged, or the configuration is no DETR's.
+        ValueError: if the folder holds no safetensors, a file is damaged, or the
+            configuration is no DETR's.
     """
-    folder, files = (path, sorted(path.glob("model*.safetensors"))) if path.is_dir() else (path.parent, [path])
+    folder, files = (
+        (path, sorted(path.glob("model*.safetensors")))
+        if path.is_dir()
+        else (path.parent, [path])
+    )
     if not files:
-        raise ValueError(f"{path} holds neither model.safetensors nor our checkpoint.pt: give a file's path, or have "
-                         "the program that made the folder save it as safetensors")
+        raise ValueError(
+            f"{path} holds neither model.safetensors nor our checkpoint.pt: give a"
+            " file's path, or have the program that made the folder save it as"
+            " safetensors"
+        )
     config = folder_config(folder)
     if config.get("model_type") == MODEL_TYPE:
         model = saved_model(folder, files[0].name)
-        told = (model.names, model.category_ids, model.preprocess, model.threshold, model.config, model.num_classes)
+        told = (
+            model.names,
+            model.category_ids,
+            model.preprocess,
+            model.threshold,
+            model.config,
+            model.num_classes,
+        )
         return Checkpoint(model.state_dict(), model.config.bound(), *told)
-    state = {name: value for file in files for name, value in read_safetensors(file).items()}
+    state = {
+        name: value for file in files for name, value in read_safetensors(file).items()
+    }
     labels = config.get("id2label") or {}
     names = [labels[key] for key in sorted(labels, key=int)] or None
     ids = None if names is None else list(range(len(names)))
-    return Checkpoint(state, config_settings(config), names, ids, folder_preprocess(folder))
+    return Checkpoint(
+        state, config_settings(config), names, ids, folder_preprocess(folder)
+    )
 
 # %% ../nbs/14_pretrained.ipynb #28878bff
-SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")  # of files: such a name is no id of the hub
+# of files: such a name is no id of the hub
+SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 
 
 def locate(source: str | Path) -> Path:
     """The file or folder that a source means, fetched if need be.
 
     Raises:
-        FileNotFoundError: if it is neither here nor an address, a published name or an id of the hub.
+        FileNotFoundError: if it is neither here nor an address, a published name or an
+            id of the hub.
     """
     path, text = Path(source).expanduser(), str(source)
     if os.path.exists(path):
@@ -380,22 +511,34 @@ def locate(source: str | Path) -> Path:
     text = PUBLISHED.get(text, text)
     if "://" in text:
         return download(text)
-    if isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text) and path.suffix not in SUFFIXES:
+    if (
+        isinstance(source, str)
+        and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text)
+        and path.suffix not in SUFFIXES
+    ):
         return from_hub(text)
-    raise FileNotFoundError(f"there is no file or folder {text} (seen from {os.getcwd()}): give the path of a "
-                            "checkpoint, an address, an id of the Hugging Face hub, or one of "
-                            f"{', '.join(PUBLISHED)}")
+    raise FileNotFoundError(
+        f"there is no file or folder {text} (seen from {os.getcwd()}): give the path of"
+        " a checkpoint, an address, an id of the Hugging Face hub, or one of"
+        f" {', '.join(PUBLISHED)}"
+    )
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint of any of the three origins; a folder is one of our runs if it holds checkpoint.pt."""
+    """Read a checkpoint of any of the three origins; a folder is one of our runs if it
+    holds checkpoint.pt."""
     run = path / "checkpoint.pt"
     if run.exists():
         return read_torch(run)
-    return read_hugging_face(path) if path.is_dir() or path.suffix == ".safetensors" else read_torch(path)
+    return (
+        read_hugging_face(path)
+        if path.is_dir() or path.suffix == ".safetensors"
+        else read_torch(path)
+    )
 
 # %% ../nbs/14_pretrained.ipynb #591c53e3
-LAYOUTS = (  # a name that gives the layout away, and the rules that lead from it to ours
+# a name that gives the layout away, and the rules that lead from it to ours
+LAYOUTS = (
     (r"^(memory|queries)\.", ()),
     (r"^(detr\.)?transformer\.", OFFICIAL),
     (r"^(detr\.)?model\.", HUGGING_FACE),
@@ -404,12 +547,15 @@ LAYOUTS = (  # a name that gives the layout away, and the rules that lead from i
 
 @singledispatch
 def layouts_of(config: object) -> Sequence[tuple[str, Rules]]:
-    """The layouts in which weights of a model may come, by what describes it; descendants of DETR register theirs."""
+    """The layouts in which weights of a model may come, by what describes it;
+    descendants of DETR register theirs."""
     return LAYOUTS
 
 
 def our_names(
-    state: Mapping[str, Tensor], own: Mapping[str, Tensor], layouts: Sequence[tuple[str, Rules]] = LAYOUTS
+    state: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    layouts: Sequence[tuple[str, Rules]] = LAYOUTS,
 ) -> dict[str, Tensor]:
     """Translate a state dict into the names of our models.
 
@@ -425,20 +571,30 @@ def our_names(
         return dict(state)
     for sign, rules in layouts:
         if any(re.match(sign, name) for name in state):
-            kept = {name: value for name, value in state.items() if name in own or "num_batches_tracked" not in name}
-            return split_stacked({rename(name, rules): value for name, value in kept.items()})
-    raise ValueError("the checkpoint has the names of no DETR that is known here (the authors', Hugging Face's or "
-                     f"ours): {short_list(sorted(state), 3)}")
+            kept = {
+                name: value
+                for name, value in state.items()
+                if name in own or "num_batches_tracked" not in name
+            }
+            return split_stacked(
+                {rename(name, rules): value for name, value in kept.items()}
+            )
+    raise ValueError(
+        "the checkpoint has the names of no DETR that is known here (the authors',"
+        f" Hugging Face's or ours): {short_list(sorted(state), 3)}"
+    )
 
 # %% ../nbs/14_pretrained.ipynb #dffce442
 COCO_NAMES = (  # by COCO's raw ids 0 to 90; ids that were never given are N/A
-    "N/A,person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,N/A,stop sign,"
-    "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,N/A,backpack,umbrella,N/A,N/A,"
-    "handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,"
-    "tennis racket,bottle,N/A,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,"
-    "hot dog,pizza,donut,cake,chair,couch,potted plant,bed,N/A,dining table,N/A,N/A,toilet,N/A,tv,laptop,mouse,remote,"
-    "keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,N/A,book,clock,vase,scissors,teddy bear,hair drier,"
-    "toothbrush"
+    "N/A,person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,"
+    "fire hydrant,N/A,stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,"
+    "elephant,bear,zebra,giraffe,N/A,backpack,umbrella,N/A,N/A,handbag,tie,suitcase,"
+    "frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,"
+    "surfboard,tennis racket,bottle,N/A,wine glass,cup,fork,knife,spoon,bowl,banana,"
+    "apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
+    "potted plant,bed,N/A,dining table,N/A,N/A,toilet,N/A,tv,laptop,mouse,remote,"
+    "keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,N/A,book,clock,"
+    "vase,scissors,teddy bear,hair drier,toothbrush"
 ).split(",")
 
 # %% ../nbs/14_pretrained.ipynb #24e91cc1
@@ -449,12 +605,24 @@ def take_weights(model: nn.Module, checkpoint: Checkpoint, source: object) -> nn
         ValueError: if it does not fit; the model is as it was then.
     """
     own = model.state_dict()
-    state = with_twins(our_names(checkpoint.state, own, layouts_of(getattr(model, "config", None))), model)
-    found = misfits(state, own) or (checkpoint.settings and differences(checkpoint.settings, settings_of(model)))
+    state = with_twins(
+        our_names(checkpoint.state, own, layouts_of(getattr(model, "config", None))),
+        model,
+    )
+    found = misfits(state, own) or (
+        checkpoint.settings and differences(checkpoint.settings, settings_of(model))
+    )
     if found:
-        kind = " (a model with masks)" if any(name.startswith("mask_head.") for name in state) else ""
-        raise ValueError(f"{source}{kind} does not fit, and the model is left as it was: {'; '.join(found)}. Build the "
-                         "model that the file was made for; replace_head and resize_queries change it afterwards")
+        kind = (
+            " (a model with masks)"
+            if any(name.startswith("mask_head.") for name in state)
+            else ""
+        )
+        raise ValueError(
+            f"{source}{kind} does not fit, and the model is left as it was:"
+            f" {'; '.join(found)}. Build the model that the file was made for;"
+            " replace_head and resize_queries change it afterwards"
+        )
     model.load_state_dict(state)
     names, ids = checkpoint.names, checkpoint.category_ids
     if names is None and model.num_classes == len(COCO_NAMES):
@@ -467,40 +635,50 @@ def take_weights(model: nn.Module, checkpoint: Checkpoint, source: object) -> nn
 
 
 def load_pretrained(model: nn.Module, source: str | Path) -> nn.Module:
-    """Give a model the weights of a checkpoint, and the class names that belong to them.
+    """Give a model the weights of a checkpoint, and the class names that belong to
+    them.
 
-    The weights are checked completely before the first is copied: after an error the model is as it was. Training or
-    evaluation mode stays as it is; call `model.eval()` to predict.
+    The weights are checked completely before the first is copied: after an error the
+    model is as it was. Training or evaluation mode stays as it is; call `model.eval()`
+    to predict.
 
     Args:
         model: built with the architecture of the checkpoint.
-        source: path of a checkpoint of the authors or of ours (a run's folder too); a name of `PUBLISHED`, or an
-            address that carries its hash; a folder of Hugging Face or of `DETR.save_pretrained`, or the id of one on
-            the hub. An existing path wins.
+        source: path of a checkpoint of the authors or of ours (a run's folder too); a
+            name of `PUBLISHED`, or an address that carries its hash; a folder of
+            Hugging Face or of `DETR.save_pretrained`, or the id of one on the hub. An
+            existing path wins.
 
     Returns:
-        The same model; `names` and `category_ids` are the file's, COCO's if it has 91 classes and no names, else None.
-        `preprocess` and `threshold` are the file's, and stay as they are if it says nothing of them.
+        The same model; `names` and `category_ids` are the file's, COCO's if it has 91
+        classes and no names, else None. `preprocess` and `threshold` are the file's,
+        and stay as they are if it says nothing of them.
 
     Raises:
         FileNotFoundError: if there is no such file.
         RuntimeError: if the network does not give it.
-        ValueError: if it is damaged, holds more than tensors, has the wrong hash, or does not fit the model.
+        ValueError: if it is damaged, holds more than tensors, has the wrong hash, or
+            does not fit the model.
     """
     return take_weights(model, read_checkpoint(locate(source)), source)
 
 # %% ../nbs/14_pretrained.ipynb #14bb0001
 BODIES = {  # what the names of a ResNet's convolutions show: which it is
-    "2+2+2+2 blocks of 2 convolutions": "resnet18", "3+4+6+3 blocks of 2 convolutions": "resnet34",
-    "3+4+6+3 blocks of 3 convolutions": "resnet50", "3+4+23+3 blocks of 3 convolutions": "resnet101",
+    "2+2+2+2 blocks of 2 convolutions": "resnet18",
+    "3+4+6+3 blocks of 2 convolutions": "resnet34",
+    "3+4+6+3 blocks of 3 convolutions": "resnet50",
+    "3+4+23+3 blocks of 3 convolutions": "resnet101",
     "3+8+36+3 blocks of 3 convolutions": "resnet152",
 }
 
 
-def inferred_config(state: Mapping[str, Tensor], settings: Mapping[str, object]) -> ModelConfig:
+def inferred_config(
+    state: Mapping[str, Tensor], settings: Mapping[str, object]
+) -> ModelConfig:
     """The configuration that a state dict under our names reveals.
 
-    What it does not is as in the authors' models, or as in `TinyModel` if the backbone is of its kind.
+    What it does not is as in the authors' models, or as in `TinyModel` if the backbone
+    is of its kind.
 
     Args:
         state: the tensors.
@@ -512,17 +690,35 @@ def inferred_config(state: Mapping[str, Tensor], settings: Mapping[str, object])
     sizes = architecture(state)
     body = sizes.pop("backbone")
     if missing := [name for name, size in sizes.items() if size is None]:
-        raise ValueError(f"nothing in the checkpoint tells {', '.join(missing)}: it holds no whole DETR")
+        raise ValueError(
+            f"nothing in the checkpoint tells {', '.join(missing)}: it holds no whole"
+            " DETR"
+        )
     del sizes["num_classes"]
     pre_norm = "encoder.norm.weight" in state
-    stages = [name for name in state if re.fullmatch(r"memory\.backbone\.stages\.\d+\.conv1\.weight", name)]
+    stages = [
+        name
+        for name in state
+        if re.fullmatch(r"memory\.backbone\.stages\.\d+\.conv1\.weight", name)
+    ]
     if stages:
-        return TinyModel(widths=tuple(len(state[name]) for name in stages), pre_norm=pre_norm, **sizes)
+        return TinyModel(
+            widths=tuple(len(state[name]) for name in stages),
+            pre_norm=pre_norm,
+            **sizes,
+        )
     if body not in BODIES:
-        raise ValueError(f"the backbone of the checkpoint ({body}) is none of {', '.join(BODIES.values())}: build the "
-                         "model yourself, and use load_pretrained")
-    backbone = ResNetConfig(BODIES[body], bool(settings.get("backbone.dilation", False)), pretrained=False)
-    return DETRConfig(backbone, nheads=settings.get("nheads", 8), pre_norm=pre_norm, **sizes)
+        raise ValueError(
+            f"the backbone of the checkpoint ({body}) is none of"
+            f" {', '.join(BODIES.values())}: build the model yourself, and use"
+            " load_pretrained"
+        )
+    backbone = ResNetConfig(
+        BODIES[body], bool(settings.get("backbone.dilation", False)), pretrained=False
+    )
+    return DETRConfig(
+        backbone, nheads=settings.get("nheads", 8), pre_norm=pre_norm, **sizes
+    )
 
 # %% ../nbs/14_pretrained.ipynb #14bb0013
 def fresh_model(checkpoint: Checkpoint) -> DETR | DETRDemo:
@@ -536,21 +732,29 @@ def fresh_model(checkpoint: Checkpoint) -> DETR | DETRDemo:
     state = our_names(checkpoint.state, {})
     sizes = architecture(state)
     if "linear_class.bias" in state:
-        return DETRDemo(sizes["num_classes"], sizes["hidden_dim"], 8, sizes["enc_layers"], sizes["dec_layers"])
+        return DETRDemo(
+            sizes["num_classes"],
+            sizes["hidden_dim"],
+            8,
+            sizes["enc_layers"],
+            sizes["dec_layers"],
+        )
     return inferred_config(state, checkpoint.settings).build(sizes["num_classes"])
 
 # %% ../nbs/14_pretrained.ipynb #14bb0016
 def pretrained_model(source: str | Path | None = None) -> DETR | DETRDemo:
-    """The trained model of a file, a folder or a name, in evaluation mode; its architecture is read off the file.
+    """The trained model of a file, a folder or a name, in evaluation mode; its
+    architecture is read off the file.
 
     Args:
-        source: anything that `load_pretrained` takes, such as "detr-r50" or the folder of a run; None is the
-            `detr_tiny` that the package carries.
+        source: anything that `load_pretrained` takes, such as "detr-r50" or the folder
+            of a run; None is the `detr_tiny` that the package carries.
 
     Raises:
         FileNotFoundError: if there is no such file.
         RuntimeError: if the network does not give it.
-        ValueError: if it is damaged, holds more than tensors, has the wrong hash, or holds a model of another kind.
+        ValueError: if it is damaged, holds more than tensors, has the wrong hash, or
+            holds a model of another kind.
     """
     if source is None:
         return detr_tiny(pretrained=True)
@@ -560,9 +764,12 @@ def pretrained_model(source: str | Path | None = None) -> DETR | DETRDemo:
 # %% ../nbs/14_pretrained.ipynb #14bb0004
 @torch.no_grad()
 def predict_image(
-    model: DETR | DETRDemo, image: str | Path | UInt8[Tensor, "3 y x"], threshold: Number | None = None
+    model: DETR | DETRDemo,
+    image: str | Path | UInt8[Tensor, "3 y x"],
+    threshold: Number | None = None,
 ) -> dict[str, Tensor | list[str]]:
-    """What a model finds in one picture. The model stays on its device and keeps its mode.
+    """What a model finds in one picture. The model stays on its device and keeps its
+    mode.
 
     Args:
         model: with weights; its `preprocess`, `threshold` and `names` are used.
@@ -570,8 +777,8 @@ def predict_image(
         threshold: lowest score that counts, from 0 to 1; the model's own if left out.
 
     Returns:
-        `scores`, falling; `labels`; `names`, the labels as numbers if the model has none; and `boxes`, xyxy in pixels
-        of the picture. Tensors are on the CPU.
+        `scores`, falling; `labels`; `names`, the labels as numbers if the model has
+        none; and `boxes`, xyxy in pixels of the picture. Tensors are on the CPU.
 
     Raises:
         DataError: if the file is missing, no picture, or cut off.
@@ -582,8 +789,16 @@ def predict_image(
     (found,) = model.postprocess(out, [tuple(picture.shape[1:])])
     least = model.threshold if threshold is None else threshold
     order = found["scores"].argsort(descending=True, stable=True)
-    found = {key: value[order][found["scores"][order] >= least].cpu() for key, value in found.items()}
-    return {**found, "names": [model.names[i] if model.names else str(i) for i in found["labels"].tolist()]}
+    found = {
+        key: value[order][found["scores"][order] >= least].cpu()
+        for key, value in found.items()
+    }
+    return {
+        **found,
+        "names": [
+            model.names[i] if model.names else str(i) for i in found["labels"].tolist()
+        ],
+    }
 
 # %% ../nbs/14_pretrained.ipynb #1ff91c32
 def checked_ids(ids: Iterable[int], count: int, what: str) -> list[int]:
@@ -594,12 +809,17 @@ def checked_ids(ids: Iterable[int], count: int, what: str) -> list[int]:
     """
     ids = list(ids)
     if len(set(ids)) < len(ids) or not all(0 <= i < count for i in ids):
-        raise ValueError(f"{what} must be different numbers from 0 to {count - 1}, got {ids}")
+        raise ValueError(
+            f"{what} must be different numbers from 0 to {count - 1}, got {ids}"
+        )
     return ids
 
 
-def replace_rows(table: nn.Linear | nn.Embedding, count: int, rows: Mapping[int, int]) -> None:
-    """Give a linear map or a table another number of rows, in place; rows that are not kept are drawn anew.
+def replace_rows(
+    table: nn.Linear | nn.Embedding, count: int, rows: Mapping[int, int]
+) -> None:
+    """Give a linear map or a table another number of rows, in place; rows that are not
+    kept are drawn anew.
 
     Args:
         table: has a row for each output, or for each entry.
@@ -608,42 +828,68 @@ def replace_rows(table: nn.Linear | nn.Embedding, count: int, rows: Mapping[int,
     """
     weight, goals, sources = table.weight, list(rows), list(rows.values())
     linear = isinstance(table, nn.Linear)
-    fresh = nn.Linear(weight.shape[1], count) if linear else nn.Embedding(count, weight.shape[1])
+    fresh = (
+        nn.Linear(weight.shape[1], count)
+        if linear
+        else nn.Embedding(count, weight.shape[1])
+    )
     for name, value in fresh.to(weight).named_parameters():
         value[goals] = getattr(table, name)[sources]
-        setattr(table, name, nn.Parameter(value.detach(), requires_grad=getattr(table, name).requires_grad))
+        setattr(
+            table,
+            name,
+            nn.Parameter(
+                value.detach(), requires_grad=getattr(table, name).requires_grad
+            ),
+        )
     setattr(table, "out_features" if linear else "num_embeddings", count)
 
 
 @torch.no_grad()
-def replace_head(model: DETR, num_classes: int, keep: Mapping[int, int] | None = None) -> DETR:
-    """Give a model a class head for other classes, in place; rows of no class, such as no-object's, are kept.
+def replace_head(
+    model: DETR, num_classes: int, keep: Mapping[int, int] | None = None
+) -> DETR:
+    """Give a model a class head for other classes, in place; rows of no class, such as
+    no-object's, are kept.
 
     Args:
-        model: knows its `class_maps`: linear maps, and tables of labels, with a row for each class.
+        model: knows its `class_maps`: linear maps, and tables of labels, with a row for
+            each class.
         num_classes: number of new classes, no-object not counted.
         keep: for each new class that goes on from an old one, the id of the old one.
 
     Returns:
-        The same model; `names` and `category_ids` are None, since the old ones no longer hold.
+        The same model; `names` and `category_ids` are None, since the old ones no
+        longer hold.
 
     Raises:
         ValueError: if there is no class, or an id in `keep` does not exist.
     """
-    before, keep = model.num_classes, {new: int(old) for new, old in (keep or {}).items()}
+    before, keep = (
+        model.num_classes,
+        {new: int(old) for new, old in (keep or {}).items()},
+    )
     model.scores.columns(num_classes)
     checked_ids(keep, num_classes, "new classes in keep")
     if not all(0 <= old < before for old in keep.values()):
-        raise ValueError(f"old classes in keep must be from 0 to {before - 1}, got {list(keep.values())}")
+        raise ValueError(
+            f"old classes in keep must be from 0 to {before - 1}, got"
+            f" {list(keep.values())}"
+        )
     for table in {id(table): table for table in model.class_maps()}.values():
         spare = len(table.weight) - before
-        replace_rows(table, num_classes + spare, {**keep, **{num_classes + i: before + i for i in range(spare)}})
+        replace_rows(
+            table,
+            num_classes + spare,
+            {**keep, **{num_classes + i: before + i for i in range(spare)}},
+        )
     model.names, model.category_ids = None, None
     return model
 
 # %% ../nbs/14_pretrained.ipynb #f5272d1c
 def inside(name: str, part: str) -> bool:
-    """Whether a parameter lies in a part of the model; the empty name is the whole model."""
+    """Whether a parameter lies in a part of the model; the empty name is the whole
+    model."""
     return not part or f"{name}.".startswith(f"{part}.")
 
 
@@ -653,17 +899,23 @@ def parameters_in(model: nn.Module, part: str) -> list[nn.Parameter]:
     Raises:
         ValueError: if there is none.
     """
-    found = [parameter for name, parameter in model.named_parameters() if inside(name, part)]
+    found = [
+        parameter for name, parameter in model.named_parameters() if inside(name, part)
+    ]
     if not found:
         children = short_list([name for name, _ in model.named_children()])
-        raise ValueError(f"no parameter lies in {part!r}: the model's parts are {children}; join names with dots")
+        raise ValueError(
+            f"no parameter lies in {part!r}: the model's parts are {children}; join"
+            " names with dots"
+        )
     return found
 
 
 def freeze(model: nn.Module, *parts: str) -> nn.Module:
     """Let all parameters of some parts stay as they are from now on.
 
-    Batch norms keep moving their statistics in training mode; the ResNets of this library have frozen ones.
+    Batch norms keep moving their statistics in training mode; the ResNets of this
+    library have frozen ones.
 
     Args:
         model: any model.
@@ -675,26 +927,33 @@ def freeze(model: nn.Module, *parts: str) -> nn.Module:
     Raises:
         ValueError: if a part does not exist.
     """
-    for parameter in [parameter for part in parts for parameter in parameters_in(model, part)]:
+    for parameter in [
+        parameter for part in parts for parameter in parameters_in(model, part)
+    ]:
         parameter.requires_grad_(False)
     return model
 
 # %% ../nbs/14_pretrained.ipynb #e093d05d
 def rate_groups(model: nn.Module, rates: Mapping[str, Number]) -> list[dict]:
-    """Parameter groups for an optimiser with one learning rate for each part of a model.
+    """Parameter groups for an optimiser with one learning rate for each part of a
+    model.
 
     Args:
         model: any model.
-        rates: learning rate by the name of a part, such as "memory.backbone"; "" is the whole model. The longest name
-            that fits a parameter counts. A rate of 0 freezes.
+        rates: learning rate by the name of a part, such as "memory.backbone"; "" is the
+            whole model. The longest name that fits a parameter counts. A rate of 0
+            freezes.
 
     Returns:
-        Groups with `name`, `params` and `lr`; frozen parameters are in none, and empty groups are left out.
+        Groups with `name`, `params` and `lr`; frozen parameters are in none, and empty
+        groups are left out.
 
     Raises:
         ValueError: if a part does not exist, or a parameter that learns lies in none.
     """
-    groups: dict[str, list[Tensor]] = {part: [] for part in sorted(rates, key=len, reverse=True)}
+    groups: dict[str, list[Tensor]] = {
+        part: [] for part in sorted(rates, key=len, reverse=True)
+    }
     for part in groups:
         parameters_in(model, part)
     for name, parameter in model.named_parameters():
@@ -705,7 +964,11 @@ def rate_groups(model: nn.Module, rates: Mapping[str, Number]) -> list[dict]:
             raise ValueError(f"no rate for {name}: give one to '', the whole model")
         if parameter.requires_grad:
             groups[part].append(parameter)
-    return [{"name": part, "params": found, "lr": rates[part]} for part, found in groups.items() if found]
+    return [
+        {"name": part, "params": found, "lr": rates[part]}
+        for part, found in groups.items()
+        if found
+    ]
 
 # %% ../nbs/14_pretrained.ipynb #854a5efa
 @torch.no_grad()
@@ -715,19 +978,27 @@ def resize_queries(model: DETR, n: int, keep: Iterable[int] | None = None) -> DE
     Args:
         model: its queries can be resized.
         n: number of queries that it shall have.
-        keep: ids of the old queries that stay, in their new order; the first that fit if left out.
+        keep: ids of the old queries that stay, in their new order; the first that fit
+            if left out.
 
     Returns:
-        The same model. Queries that it did not have are drawn as in a new model: they have to be trained.
+        The same model. Queries that it did not have are drawn as in a new model: they
+            have to be trained.
 
     Raises:
-        ValueError: if `n` is less than 1, or `keep` is longer than `n` or names queries that do not exist.
+        ValueError: if `n` is less than 1, or `keep` is longer than `n` or names queries
+            that do not exist.
     """
     if not hasattr(model.queries, "resize"):
-        raise ValueError(f"the queries of this model, {type(model.queries).__name__}, cannot be resized")
+        raise ValueError(
+            f"the queries of this model, {type(model.queries).__name__}, cannot be"
+            " resized"
+        )
     config = model.config and replace(model.config, num_queries=n)
     old = model.queries.count
-    ids = checked_ids(range(min(n, old)) if keep is None else keep, old, "old queries in keep")
+    ids = checked_ids(
+        range(min(n, old)) if keep is None else keep, old, "old queries in keep"
+    )
     if len(ids) > n:
         raise ValueError(f"keep names {len(ids)} queries, but only {n} are wanted")
     model.queries.resize(n, ids)
@@ -736,7 +1007,8 @@ def resize_queries(model: DETR, n: int, keep: Iterable[int] | None = None) -> DE
 
 # %% ../nbs/14_pretrained.ipynb #2e95ab60
 class LastLayer(nn.Module):
-    """A detector as it is handed on: plain tensors in, logits and boxes of the last decoder layer out.
+    """A detector as it is handed on: plain tensors in, logits and boxes of the last
+    decoder layer out.
 
     Args:
         model: maps (images, pad) to an `Output`.
@@ -756,30 +1028,38 @@ class LastLayer(nn.Module):
 
 @torch.no_grad()
 def export_program(model: nn.Module) -> "torch.export.ExportedProgram":
-    """Record the graph of a detector in evaluation mode, for any number of images of more than one cell a side.
+    """Record the graph of a detector in evaluation mode, for any number of images of
+    more than one cell a side.
 
-    The graph takes (images, pad) and gives what `LastLayer` gives. It does not check what it is given.
+    The graph takes (images, pad) and gives what `LastLayer` gives. It does not check
+    what it is given.
 
     Args:
         model: stays as it is; the graph has a copy of its weights.
     """
     images = torch.zeros(2, 3, 96, 160, device=next(model.parameters()).device)
-    sizes = {"images": {i: torch.export.Dim.DYNAMIC for i in (0, 2, 3)},
-             "pad": {i: torch.export.Dim.DYNAMIC for i in (0, 1, 2)}}
+    sizes = {
+        "images": {i: torch.export.Dim.DYNAMIC for i in (0, 2, 3)},
+        "pad": {i: torch.export.Dim.DYNAMIC for i in (0, 1, 2)},
+    }
     before = type_checks.jaxtyping_disable
-    type_checks.update("jaxtyping_disable", True)  # in a recording sizes are symbols, which a checker takes for no int
+    # in a recording sizes are symbols, which a checker takes for no int
+    type_checks.update("jaxtyping_disable", True)
     try:
         detector = LastLayer(deepcopy(model)).eval()
-        return torch.export.export(detector, (images, images[:, 0] > 0), dynamic_shapes=sizes)
+        return torch.export.export(
+            detector, (images, images[:, 0] > 0), dynamic_shapes=sizes
+        )
     finally:
         type_checks.update("jaxtyping_disable", before)
 
 # %% ../nbs/14_pretrained.ipynb #e86b2d50
 def export_onnx(model: nn.Module, path: str | Path) -> Path:
-    """Write a detector as ONNX: inputs `images` and `pad`, outputs `logits` and `boxes` of the last layer.
+    """Write a detector as ONNX: inputs `images` and `pad`, outputs `logits` and `boxes`
+    of the last layer.
 
-    Batch, height and width are free, as in `export_program`. The class names, if there are any, are in the metadata
-    under `names`, as JSON.
+    Batch, height and width are free, as in `export_program`. The class names, if there
+    are any, are in the metadata under `names`, as JSON.
 
     Args:
         model: stays as it is.
@@ -793,11 +1073,17 @@ def export_onnx(model: nn.Module, path: str | Path) -> Path:
     """
     try:
         program = torch.onnx.export(
-            export_program(model), dynamo=True, input_names=["images", "pad"], output_names=["logits", "boxes"],
-            dynamic_shapes={"images": {0: "batch", 2: "height", 3: "width"}, "pad": {}}, verbose=False,
+            export_program(model),
+            dynamo=True,
+            input_names=["images", "pad"],
+            output_names=["logits", "boxes"],
+            dynamic_shapes={"images": {0: "batch", 2: "height", 3: "width"}, "pad": {}},
+            verbose=False,
         )
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"writing ONNX needs {error.name}: pip install onnx onnxscript") from error
+        raise ModuleNotFoundError(
+            f"writing ONNX needs {error.name}: pip install onnx onnxscript"
+        ) from error
     if getattr(model, "names", None):
         program.model.metadata_props["names"] = json.dumps(list(model.names))
     program.save(path, external_data=False)

@@ -41,7 +41,8 @@ from .notation import Number, Target
 # %% ../nbs/04_shapes.ipynb #30d42b48
 @dataclass(frozen=True)
 class SceneConfig(Config):
-    """What scenes look like; every length is a share of the image side, every colour a share of full brightness.
+    """What scenes look like; every length is a share of the image side, every colour a
+    share of full brightness.
 
     Args:
         size: side of the square image, pixels.
@@ -71,12 +72,27 @@ class SceneConfig(Config):
 
 
 EASY = SceneConfig(
-    classes=3, max_objects=6, min_side=0.12, max_side=0.45, max_overlap=0.15, clutter=0, contrast=0.4
+    classes=3,
+    max_objects=6,
+    min_side=0.12,
+    max_side=0.45,
+    max_overlap=0.15,
+    clutter=0,
+    contrast=0.4,
 )
 DEFAULT = SceneConfig()
 HARD = SceneConfig(
-    size=256, classes=8, min_objects=0, max_objects=25, min_side=0.04, max_side=0.6, max_overlap=0.5,
-    clutter=20, contrast=0.12, noise=0.12, stripes=0.12,
+    size=256,
+    classes=8,
+    min_objects=0,
+    max_objects=25,
+    min_side=0.04,
+    max_side=0.6,
+    max_overlap=0.5,
+    clutter=20,
+    contrast=0.12,
+    noise=0.12,
+    stripes=0.12,
 )
 
 # %% ../nbs/04_shapes.ipynb #805c7eb6
@@ -122,7 +138,8 @@ NAMES = tuple(SHAPES)
 
 # %% ../nbs/04_shapes.ipynb #ab8f7b8a
 class Thing(NamedTuple):
-    """One object before it is drawn: its class, its outline in pixels (outer, then holes), and its box."""
+    """One object before it is drawn: its class, its outline in pixels (outer, then
+    holes), and its box."""
 
     label: int
     contours: list[Contour]
@@ -138,10 +155,14 @@ def propose(rng: np.random.Generator, config: SceneConfig) -> Thing:
     """
     label = int(rng.integers(config.classes))
     angle = rng.uniform(0, 2 * math.pi)
-    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    turn = np.array(
+        [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+    )
     contours = [c @ turn for c in SHAPES[NAMES[label]]]
     low, high = contours[0].min(0), contours[0].max(0)
-    scale = rng.uniform(config.min_side, config.max_side) * config.size / (high - low).max()
+    scale = (
+        rng.uniform(config.min_side, config.max_side) * config.size / (high - low).max()
+    )
     extent = (high - low) * scale
     corner = rng.uniform(0, config.size - extent)
     moved = [(c - low) * scale + corner for c in contours]
@@ -160,10 +181,14 @@ def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     if width <= 0 or height <= 0:
         return 0.0
     shared = width * height
-    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+    return shared / (
+        (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
+    )
 
 # %% ../nbs/04_shapes.ipynb #096039b5
-def place(rng: np.random.Generator, config: SceneConfig, tries: int = 30) -> list[Thing]:
+def place(
+    rng: np.random.Generator, config: SceneConfig, tries: int = 30
+) -> list[Thing]:
     """Propose objects and keep those that overlap no kept one too much.
 
     Args:
@@ -178,13 +203,21 @@ def place(rng: np.random.Generator, config: SceneConfig, tries: int = 30) -> lis
     for _ in range(rng.integers(config.min_objects, config.max_objects + 1)):
         for _ in range(tries):
             new = propose(rng, config)
-            if all(overlap(new.box_xyxy, old.box_xyxy) <= config.max_overlap for old in things):
+            if all(
+                overlap(new.box_xyxy, old.box_xyxy) <= config.max_overlap
+                for old in things
+            ):
                 things.append(new)
                 break
-    return sorted(things, key=lambda t: (t.box_xyxy[0] - t.box_xyxy[2]) * (t.box_xyxy[3] - t.box_xyxy[1]))
+    return sorted(
+        things,
+        key=lambda t: (t.box_xyxy[0] - t.box_xyxy[2]) * (t.box_xyxy[3] - t.box_xyxy[1]),
+    )
 
 # %% ../nbs/04_shapes.ipynb #f9eda7a0
-def smooth_field(rng: np.random.Generator, size: int, cells: int, channels: int = 3) -> Float[np.ndarray, "y x c"]:
+def smooth_field(
+    rng: np.random.Generator, size: int, cells: int, channels: int = 3
+) -> Float[np.ndarray, "y x c"]:
     """A random field in [0, 1] that varies smoothly.
 
     Args:
@@ -198,15 +231,20 @@ def smooth_field(rng: np.random.Generator, size: int, cells: int, channels: int 
     return np.asarray(fine, np.float32).reshape(size, size, channels) / 255
 
 
-def background(rng: np.random.Generator, config: SceneConfig) -> Float[np.ndarray, "y x 3"]:
+def background(
+    rng: np.random.Generator, config: SceneConfig
+) -> Float[np.ndarray, "y x 3"]:
     """A base colour with hills of a random width and strength."""
     field = smooth_field(rng, config.size, int(rng.integers(2, 9)))
     strength = rng.uniform(0.1, 0.6)
     return (1 - strength) * rng.random(3, dtype=np.float32) + strength * field
 
 # %% ../nbs/04_shapes.ipynb #aa5f458e
-def coverage(contours: list[Contour], x0: int, y0: int, x1: int, y1: int, fine: int = 4) -> Float[np.ndarray, "y x"]:
-    """Share of each pixel of a window that lies inside the outer contour and outside the hole.
+def coverage(
+    contours: list[Contour], x0: int, y0: int, x1: int, y1: int, fine: int = 4
+) -> Float[np.ndarray, "y x"]:
+    """Share of each pixel of a window that lies inside the outer contour and outside
+    the hole.
 
     Args:
         contours: the outline and, where there is one, the hole; pixels.
@@ -229,7 +267,8 @@ def coverage(contours: list[Contour], x0: int, y0: int, x1: int, y1: int, fine: 
 def contrasting_colour(
     rng: np.random.Generator, under: Float[np.ndarray, "3"], contrast: Number
 ) -> Float[np.ndarray, "3"]:
-    """The first of a dozen random colours that is far enough from `under`, else the farthest.
+    """The first of a dozen random colours that is far enough from `under`, else the
+    farthest.
 
     Args:
         rng: where the random numbers come from.
@@ -242,7 +281,9 @@ def contrasting_colour(
     return colours[far.argmax() if far.any() else distance.argmax()]
 
 # %% ../nbs/04_shapes.ipynb #75938aea
-def texture(rng: np.random.Generator, strength: Number, height: int, width: int) -> Float[np.ndarray, "y x 1"]:
+def texture(
+    rng: np.random.Generator, strength: Number, height: int, width: int
+) -> Float[np.ndarray, "y x 1"]:
     """Faint stripes of random direction, width and strength, around zero.
 
     Args:
@@ -258,7 +299,11 @@ def texture(rng: np.random.Generator, strength: Number, height: int, width: int)
 
 # %% ../nbs/04_shapes.ipynb #067a9bf8
 def paint(
-    rng: np.random.Generator, image: Float[np.ndarray, "y x 3"], thing: Thing, contrast: Number, stripes: Number,
+    rng: np.random.Generator,
+    image: Float[np.ndarray, "y x 3"],
+    thing: Thing,
+    contrast: Number,
+    stripes: Number,
 ) -> tuple[tuple[slice, slice], Float[np.ndarray, "y2 x2"]]:
     """Draw one object over what is there.
 
@@ -274,16 +319,24 @@ def paint(
     """
     x0, y0 = (math.floor(v) for v in thing.box_xyxy[:2])
     x1, y1 = (math.ceil(v) for v in thing.box_xyxy[2:])
-    cover, window = coverage(thing.contours, x0, y0, x1, y1), (slice(y0, y1), slice(x0, x1))
+    cover, window = (
+        coverage(thing.contours, x0, y0, x1, y1),
+        (slice(y0, y1), slice(x0, x1)),
+    )
     under = image[window]
     mean = (under * cover[..., None]).sum((0, 1)) / max(float(cover.sum()), 1e-6)
-    colour = contrasting_colour(rng, mean, contrast) + texture(rng, stripes, *cover.shape)
+    colour = contrasting_colour(rng, mean, contrast) + texture(
+        rng, stripes, *cover.shape
+    )
     image[window] = under + cover[..., None] * (colour - under)
     return window, cover
 
 # %% ../nbs/04_shapes.ipynb #0b081c60
-def add_clutter(rng: np.random.Generator, image: Float[np.ndarray, "y x 3"], config: SceneConfig) -> None:
-    """Draw soft spots and lines into `image`: they have edges and colours, but are no object.
+def add_clutter(
+    rng: np.random.Generator, image: Float[np.ndarray, "y x 3"], config: SceneConfig
+) -> None:
+    """Draw soft spots and lines into `image`: they have edges and colours, but are no
+    object.
 
     Args:
         rng: where the random numbers come from.
@@ -294,14 +347,26 @@ def add_clutter(rng: np.random.Generator, image: Float[np.ndarray, "y x 3"], con
     y, x = np.ogrid[:size, :size]
     for _ in range(rng.integers(config.clutter + 1)):
         (cx, cy), radius = rng.uniform(0, size, 2), rng.uniform(0.03, 0.15) * size
-        spot = np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / radius**2).astype(np.float32)[..., None]
-        image += rng.uniform(0.2, 0.7) * spot * (rng.random(3, dtype=np.float32) - image)
+        spot = np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / radius**2).astype(np.float32)[
+            ..., None
+        ]
+        image += (
+            rng.uniform(0.2, 0.7) * spot * (rng.random(3, dtype=np.float32) - image)
+        )
     lines = Image.new("L", (size, size))
     draw = ImageDraw.Draw(lines)
     for _ in range(rng.integers(config.clutter + 1)):
-        start, length, angle = rng.uniform(0, size, 2), rng.uniform(0.1, 0.5) * size, rng.uniform(0, 2 * math.pi)
+        start, length, angle = (
+            rng.uniform(0, size, 2),
+            rng.uniform(0.1, 0.5) * size,
+            rng.uniform(0, 2 * math.pi),
+        )
         end = start + length * np.array((math.cos(angle), math.sin(angle)))
-        draw.line((*start, *end), fill=int(rng.integers(90, 256)), width=int(rng.integers(1, 4)))
+        draw.line(
+            (*start, *end),
+            fill=int(rng.integers(90, 256)),
+            width=int(rng.integers(1, 4)),
+        )
     alpha = np.asarray(lines, np.float32)[..., None] / 255
     image += alpha * (smooth_field(rng, size, 3) - image)
 
@@ -312,7 +377,8 @@ class Scene(NamedTuple):
     Attributes:
         image: colour picture.
         labels: class ids, indices into `NAMES`.
-        boxes_xyxy: tight corners of the whole outline, in pixels, also where a later object covers it.
+        boxes_xyxy: tight corners of the whole outline, in pixels, also where a later
+            object covers it.
         owner: which object is visible at each pixel, counted from 1; 0 is background.
     """
 
@@ -334,7 +400,8 @@ def make_scene(config: SceneConfig, seed: int, index: int) -> Scene:
         The picture and its truth.
 
     Raises:
-        ValueError: if there are more classes than shapes, or sides or numbers out of order.
+        ValueError: if there are more classes than shapes, or sides or numbers out of
+            order.
     """
     check_config(config)
     rng = np.random.default_rng((seed, index))
@@ -361,9 +428,18 @@ def check_config(config: SceneConfig) -> None:
     """
     c = config
     rules = {
-        "classes": (c.classes <= len(NAMES), f"there are {len(NAMES)} shapes, give 1 to {len(NAMES)}"),
-        "min_objects": (c.min_objects <= c.max_objects, f"give 0 to max_objects={c.max_objects}"),
-        "min_side": (c.min_side <= c.max_side, f"give more than 0, at most max_side={c.max_side}"),
+        "classes": (
+            c.classes <= len(NAMES),
+            f"there are {len(NAMES)} shapes, give 1 to {len(NAMES)}",
+        ),
+        "min_objects": (
+            c.min_objects <= c.max_objects,
+            f"give 0 to max_objects={c.max_objects}",
+        ),
+        "min_side": (
+            c.min_side <= c.max_side,
+            f"give more than 0, at most max_side={c.max_side}",
+        ),
     }
     for field, (kept, remedy) in rules.items():
         if not kept:
@@ -382,22 +458,35 @@ def scene_target(scene: Scene, index: int, masks: bool = False) -> Target:
         Labels, normalised cxcywh boxes, `image_id` and `size`.
     """
     height, width = scene.owner.shape
-    boxes_xyxy = torch.from_numpy(scene.boxes_xyxy) / torch.tensor((width, height, width, height))
+    boxes_xyxy = torch.from_numpy(scene.boxes_xyxy) / torch.tensor(
+        (width, height, width, height)
+    )
     target = Target(
-        labels=torch.from_numpy(scene.labels), boxes=xyxy_to_cxcywh(boxes_xyxy), image_id=index, size=(height, width)
+        labels=torch.from_numpy(scene.labels),
+        boxes=xyxy_to_cxcywh(boxes_xyxy),
+        image_id=index,
+        size=(height, width),
     )
     if masks:
-        target["masks"] = torch.from_numpy(scene.owner) == torch.arange(1, len(boxes_xyxy) + 1)[:, None, None]
+        target["masks"] = (
+            torch.from_numpy(scene.owner)
+            == torch.arange(1, len(boxes_xyxy) + 1)[:, None, None]
+        )
     return target
 
 # %% ../nbs/04_shapes.ipynb #12097a9e
-def unpack_scene(scene: Scene, index: int, masks: bool) -> tuple[UInt8[Tensor, "3 y x"], Target]:
+def unpack_scene(
+    scene: Scene, index: int, masks: bool
+) -> tuple[UInt8[Tensor, "3 y x"], Target]:
     """The picture, colours first, and the target of a scene."""
-    return torch.from_numpy(scene.image).permute(2, 0, 1).contiguous(), scene_target(scene, index, masks)
+    return torch.from_numpy(scene.image).permute(2, 0, 1).contiguous(), scene_target(
+        scene, index, masks
+    )
 
 
 class Scenes(Dataset):
-    """A series of scenes of fixed length as a dataset; nothing is drawn before it is asked for.
+    """A series of scenes of fixed length as a dataset; nothing is drawn before it is
+    asked for.
 
     Args:
         config: what the scenes look like.
@@ -413,7 +502,9 @@ class Scenes(Dataset):
         ValueError: if the scenes cannot be drawn, or `count` or `seed` is negative.
     """
 
-    def __init__(self, config: SceneConfig, count: int, seed: int, masks: bool = False) -> None:
+    def __init__(
+        self, config: SceneConfig, count: int, seed: int, masks: bool = False
+    ) -> None:
         check_config(config)
         if count < 0 or seed < 0:
             raise ValueError(f"Scenes(count={count}, seed={seed}): give 0 or more")
@@ -426,21 +517,32 @@ class Scenes(Dataset):
 
     def __getitem__(self, index: int) -> tuple[UInt8[Tensor, "3 y x"], Target]:
         if not 0 <= index < self.count:
-            raise IndexError(f"scene {index} of a series of {self.count}: give 0 to {self.count - 1}")
-        return unpack_scene(make_scene(self.config, self.seed, index), index, self.masks)
+            raise IndexError(
+                f"scene {index} of a series of {self.count}: give 0 to {self.count - 1}"
+            )
+        return unpack_scene(
+            make_scene(self.config, self.seed, index), index, self.masks
+        )
 
 # %% ../nbs/04_shapes.ipynb #bd83f437
 def count_workers(wanted: int | None) -> int:
-    """How many processes draw: as many as wanted, by default one for each core; never more than can be started."""
-    # A function typed into a notebook reaches another process only where processes are made by forking.
+    """How many processes draw: as many as wanted, by default one for each core; never
+    more than can be started."""
+    # A function typed into a notebook reaches another process only where processes are
+    # made by forking.
     if __name__ == "__main__" and get_start_method() != "fork":
         return 1
     return wanted or os.cpu_count() or 1
 
 
-def draw_scenes(scenes: Scenes, workers: int | None = None) -> Iterator[tuple[UInt8[Tensor, "3 y x"], Target]]:
+def draw_scenes(
+    scenes: Scenes, workers: int | None = None
+) -> Iterator[tuple[UInt8[Tensor, "3 y x"], Target]]:
     """The items of a series in their order, drawn by several processes at once."""
-    draw, workers = partial(make_scene, scenes.config, scenes.seed), count_workers(workers)
+    draw, workers = (
+        partial(make_scene, scenes.config, scenes.seed),
+        count_workers(workers),
+    )
     if workers == 1:
         yield from scenes
         return
@@ -450,55 +552,92 @@ def draw_scenes(scenes: Scenes, workers: int | None = None) -> Iterator[tuple[UI
 
 # %% ../nbs/04_shapes.ipynb #b9b1cdc1
 def drawing_source() -> str:
-    """Source of `make_scene`, of `unpack_scene`, and of every function that they call by its name."""
+    """Source of `make_scene`, of `unpack_scene`, and of every function that they call
+    by its name."""
     todo, found = [make_scene, unpack_scene], {}
     while todo:
         function = inspect.unwrap(todo.pop())
         if function.__name__ not in found:
             source = found[function.__name__] = inspect.getsource(function)
-            words = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
-            todo += [globals()[word] for word in words if inspect.isfunction(globals().get(word))]
+            words = {
+                node.id
+                for node in ast.walk(ast.parse(source))
+                if isinstance(node, ast.Name)
+            }
+            todo += [
+                globals()[word]
+                for word in words
+                if inspect.isfunction(globals().get(word))
+            ]
     return "\n".join(found[name] for name in sorted(found))
 
 # %% ../nbs/04_shapes.ipynb #5d544b5f
 def series_key(scenes: Scenes) -> str:
     """A name for a series that changes with whatever could change one of its pixels.
 
-    It is a digest of the configuration, the seed and the length, of the source of the drawing functions, of the
-    outlines, and of the versions of the libraries that draw.
+    It is a digest of the configuration, the seed and the length, of the source of the
+    drawing functions, of the outlines, and of the versions of the libraries that draw.
     """
-    digest = hashlib.sha256(repr((scenes.config, scenes.count, scenes.seed, scenes.masks)).encode())
+    digest = hashlib.sha256(
+        repr((scenes.config, scenes.count, scenes.seed, scenes.masks)).encode()
+    )
     digest.update(drawing_source().encode())
-    digest.update(b"".join(contour.tobytes() for contours in SHAPES.values() for contour in contours))
+    digest.update(
+        b"".join(
+            contour.tobytes() for contours in SHAPES.values() for contour in contours
+        )
+    )
     digest.update(f"{np.__version__} {PIL.__version__}".encode())
     return digest.hexdigest()[:16]
 
 # %% ../nbs/04_shapes.ipynb #d8abcae4
 def pack_targets(targets: Sequence[Target], masks: bool) -> dict[str, Tensor]:
-    """The targets of a series as a few long tensors, which are read much faster than thousands of short ones."""
+    """The targets of a series as a few long tensors, which are read much faster than
+    thousands of short ones."""
     fields = ("labels", "boxes", "masks") if masks else ("labels", "boxes")
-    packed = {field: torch.cat([target[field] for target in targets]) for field in fields if targets}
-    return packed | {"counts": torch.tensor([len(target["labels"]) for target in targets], dtype=torch.int64)}
+    packed = {
+        field: torch.cat([target[field] for target in targets])
+        for field in fields
+        if targets
+    }
+    return packed | {
+        "counts": torch.tensor(
+            [len(target["labels"]) for target in targets], dtype=torch.int64
+        )
+    }
 
 
 def unpack_targets(packed: dict[str, Tensor], size: int) -> list[Target]:
     """The way back from `pack_targets` for square scenes of the given side."""
     counts = packed["counts"].tolist()
-    columns = {field: values.split(counts) for field, values in packed.items() if field != "counts"}
+    columns = {
+        field: values.split(counts)
+        for field, values in packed.items()
+        if field != "counts"
+    }
     return [
-        Target(**{field: parts[index] for field, parts in columns.items()}, image_id=index, size=(size, size))
+        Target(
+            **{field: parts[index] for field, parts in columns.items()},
+            image_id=index,
+            size=(size, size),
+        )
         for index in range(len(counts))
     ]
 
 # %% ../nbs/04_shapes.ipynb #f53e05f0
-def write_cache(scenes: Scenes, images_file: Path, targets_file: Path, workers: int | None) -> None:
-    """Draw a series into two files; they appear complete or not at all, the targets last."""
+def write_cache(
+    scenes: Scenes, images_file: Path, targets_file: Path, workers: int | None
+) -> None:
+    """Draw a series into two files; they appear complete or not at all, the targets
+    last."""
     images_file.parent.mkdir(parents=True, exist_ok=True)
     shape, targets = (len(scenes), 3, scenes.config.size, scenes.config.size), []
     with TemporaryDirectory(prefix="drawing-", dir=images_file.parent) as scratch:
         images_part, targets_part = Path(scratch) / "images", Path(scratch) / "targets"
         with open(images_part, "wb") as file:
-            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": "|u1", "fortran_order": False, "shape": shape}
+            )
             for image, target in draw_scenes(scenes, workers):
                 file.write(image.numpy().tobytes())
                 targets.append(target)
@@ -514,10 +653,12 @@ def render_scenes(
 
     Args:
         scenes: the series.
-        folder: where drawn series are kept. One that lies there already is opened, not drawn: its images are then read
-            from the file as they are needed. Any change of the series or of the drawing code makes a new one.
-        workers: processes that draw; by default one for each core. Where processes are not forked, a script that draws
-            with more than one needs Python's usual `if __name__ == "__main__":`.
+        folder: where drawn series are kept. One that lies there already is opened, not
+            drawn: its images are then read from the file as they are needed. Any change
+            of the series or of the drawing code makes a new one.
+        workers: processes that draw; by default one for each core. Where processes are
+            not forked, a script that draws with more than one needs Python's usual `if
+            __name__ == "__main__":`.
 
     Returns:
         The images, colours first, and their targets, in order.
@@ -526,31 +667,53 @@ def render_scenes(
         OSError: if the folder cannot be written; nothing is left there.
     """
     if folder is None:
-        images, targets = torch.empty(len(scenes), 3, *[scenes.config.size] * 2, dtype=torch.uint8), []
+        images, targets = (
+            torch.empty(len(scenes), 3, *[scenes.config.size] * 2, dtype=torch.uint8),
+            [],
+        )
         for index, (image, target) in enumerate(draw_scenes(scenes, workers)):
             images[index] = image
             targets.append(target)
         return images, targets
-    images_file, targets_file = (Path(folder) / f"{series_key(scenes)}.{end}" for end in ("npy", "pt"))
+    images_file, targets_file = (
+        Path(folder) / f"{series_key(scenes)}.{end}" for end in ("npy", "pt")
+    )
     if not (images_file.exists() and targets_file.exists()):
         write_cache(scenes, images_file, targets_file, workers)
-    images = torch.from_numpy(np.load(images_file, mmap_mode="c"))  # c: who writes into them never changes the file
-    return images, unpack_targets(torch.load(targets_file, weights_only=True), scenes.config.size)
+    # c: who writes into them never changes the file
+    images = torch.from_numpy(np.load(images_file, mmap_mode="c"))
+    return images, unpack_targets(
+        torch.load(targets_file, weights_only=True), scenes.config.size
+    )
 
 # %% ../nbs/04_shapes.ipynb #285e2814
 def coco_segmentation(mask: Tensor) -> dict:
-    """A mask as COCO's compressed run lengths, with text instead of bytes, so that JSON can hold it."""
+    """A mask as COCO's compressed run lengths, with text instead of bytes, so that JSON
+    can hold it."""
     runs = coco_mask.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
-    return {"size": list(map(int, runs["size"])), "counts": runs["counts"].decode("ascii")}
+    return {
+        "size": list(map(int, runs["size"])),
+        "counts": runs["counts"].decode("ascii"),
+    }
 
 
-def coco_objects(target: Target, image_id: int, category_ids: Sequence[int]) -> list[dict]:
-    """The annotations of one image, still without their own ids; the area is the given one, the mask's or the box's."""
-    boxes_xyxy = scale_boxes(cxcywh_to_xyxy(target["boxes"].cpu().double()), *target["size"])
+def coco_objects(
+    target: Target, image_id: int, category_ids: Sequence[int]
+) -> list[dict]:
+    """The annotations of one image, still without their own ids; the area is the given
+    one, the mask's or the box's."""
+    boxes_xyxy = scale_boxes(
+        cxcywh_to_xyxy(target["boxes"].cpu().double()), *target["size"]
+    )
     crowd, objects = target.get("crowd", torch.zeros(len(boxes_xyxy))), []
     for place, (x, y, width, height) in enumerate(xyxy_to_xywh(boxes_xyxy).tolist()):
-        entry = {"image_id": image_id, "category_id": category_ids[int(target["labels"][place])],
-                 "bbox": [x, y, width, height], "area": width * height, "iscrowd": int(crowd[place])}
+        entry = {
+            "image_id": image_id,
+            "category_id": category_ids[int(target["labels"][place])],
+            "bbox": [x, y, width, height],
+            "area": width * height,
+            "iscrowd": int(crowd[place]),
+        }
         if "masks" in target:
             entry["segmentation"] = coco_segmentation(target["masks"][place])
             entry["area"] = float(target["masks"][place].sum())
@@ -560,56 +723,89 @@ def coco_objects(target: Target, image_id: int, category_ids: Sequence[int]) -> 
     return objects
 
 
-def check_coco(targets: Sequence[Target], names: Sequence[str], category_ids: Sequence[int]) -> None:
+def check_coco(
+    targets: Sequence[Target], names: Sequence[str], category_ids: Sequence[int]
+) -> None:
     """Refuse targets that a COCO file cannot hold.
 
     Raises:
-        ValueError: if names and ids differ in number, an id occurs twice, or a target has no size or an unknown label.
+        ValueError: if names and ids differ in number, an id occurs twice, or a target
+            has no size or an unknown label.
     """
     if len(names) != len(category_ids) or len(set(category_ids)) != len(category_ids):
-        raise ValueError(f"{len(names)} names, category_ids {list(category_ids)}: give each class one of each")
+        raise ValueError(
+            f"{len(names)} names, category_ids {list(category_ids)}: give each class"
+            " one of each"
+        )
     for place, target in enumerate(targets):
         if "size" not in target:
-            raise ValueError(f"targets[{place}] has no size: add size=(height, width) of its image, in pixels")
-        wrong = [label for label in target["labels"].tolist() if not 0 <= label < len(names)]
+            raise ValueError(
+                f"targets[{place}] has no size: add size=(height, width) of its image,"
+                " in pixels"
+            )
+        wrong = [
+            label for label in target["labels"].tolist() if not 0 <= label < len(names)
+        ]
         if wrong:
-            raise ValueError(f"targets[{place}] has labels {wrong}: {len(names)} names allow 0 to {len(names) - 1}")
+            raise ValueError(
+                f"targets[{place}] has labels {wrong}: {len(names)} names allow 0 to"
+                f" {len(names) - 1}"
+            )
 
 # %% ../nbs/04_shapes.ipynb #05d0721b
-def coco_json(targets: Sequence[Target], names: Sequence[str], category_ids: Sequence[int]) -> dict:
-    """Targets as a COCO dictionary: images, annotations and categories, ready for `json.dump` and pycocotools.
+def coco_json(
+    targets: Sequence[Target], names: Sequence[str], category_ids: Sequence[int]
+) -> dict:
+    """Targets as a COCO dictionary: images, annotations and categories, ready for
+    `json.dump` and pycocotools.
 
     Args:
-        targets: truth of each image, with `size`; `image_id` is its place in the list where it has none.
+        targets: truth of each image, with `size`; `image_id` is its place in the list
+            where it has none.
         names: name of each contiguous label.
         category_ids: raw id of each contiguous label.
 
     Returns:
-        Boxes are xywh in pixels. With masks, `segmentation` holds run lengths. `area` is the target's own; where it has
-        none, the number of the mask's pixels; without masks, that of the box. Annotations are numbered from 1, since
-        pycocotools reads 0 as "no match".
+        Boxes are xywh in pixels. With masks, `segmentation` holds run lengths. `area`
+        is the target's own; where it has none, the number of the mask's pixels; without
+        masks, that of the box. Annotations are numbered from 1, since pycocotools reads
+        0 as "no match".
 
     Raises:
-        ValueError: if names and ids differ in number, an id occurs twice, or a target has no size or an unknown label.
+        ValueError: if names and ids differ in number, an id occurs twice, or a target
+            has no size or an unknown label.
     """
     check_coco(targets, names, category_ids)
     numbers = [target.get("image_id", place) for place, target in enumerate(targets)]
     images = [
-        {"id": number, "file_name": f"{number:06d}.png", "height": target["size"][0], "width": target["size"][1]}
+        {
+            "id": number,
+            "file_name": f"{number:06d}.png",
+            "height": target["size"][0],
+            "width": target["size"][1],
+        }
         for number, target in zip(numbers, targets, strict=True)
     ]
-    lists = [coco_objects(target, number, category_ids) for number, target in zip(numbers, targets, strict=True)]
+    lists = [
+        coco_objects(target, number, category_ids)
+        for number, target in zip(numbers, targets, strict=True)
+    ]
     objects = [entry for entries in lists for entry in entries]
     return {
         "info": {"description": "written by detr_nb"},
         "images": images,
-        "annotations": [{"id": number} | entry for number, entry in enumerate(objects, 1)],
-        "categories": [{"id": i, "name": name} for i, name in zip(category_ids, names, strict=True)],
+        "annotations": [
+            {"id": number} | entry for number, entry in enumerate(objects, 1)
+        ],
+        "categories": [
+            {"id": i, "name": name} for i, name in zip(category_ids, names, strict=True)
+        ],
     }
 
 # %% ../nbs/04_shapes.ipynb #8c288ef9
 def write_coco(scenes: Scenes, folder: Path | str) -> Path:
-    """Write a series as a COCO dataset: PNG files under `images`, and `annotations.json` beside that folder.
+    """Write a series as a COCO dataset: PNG files under `images`, and
+    `annotations.json` beside that folder.
 
     Args:
         scenes: the series.
@@ -621,8 +817,12 @@ def write_coco(scenes: Scenes, folder: Path | str) -> Path:
     folder, targets = Path(folder), []
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for index, (image, target) in enumerate(scenes):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / "images" / f"{index:06d}.png")
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(
+            folder / "images" / f"{index:06d}.png"
+        )
         targets.append(target)
     file = folder / "annotations.json"
-    file.write_text(json.dumps(coco_json(targets, scenes.names, scenes.category_ids)), "utf8")
+    file.write_text(
+        json.dumps(coco_json(targets, scenes.names, scenes.category_ids)), "utf8"
+    )
     return file

@@ -81,7 +81,14 @@ from detr_nb.data import (
 from .evaluation import batch_maker, evaluate
 from .losses import Normaliser, SetCriterion, combine, criterion_for
 from .matcher import NotFinite, explain_target, name_of
-from .measuring import Stopwatch, describe_machine, device_memory_mb, peak_memory_mb, timed_modules, timed_steps
+from detr_nb.measuring import (
+    Stopwatch,
+    describe_machine,
+    device_memory_mb,
+    peak_memory_mb,
+    timed_modules,
+    timed_steps,
+)
 from .model import DETR, TinyModel, describe, resize_padding
 from .model import ResNetModel as ResNetModel
 from .muon import Muon
@@ -90,9 +97,11 @@ from .shapes import EASY, SceneConfig, Scenes, render_scenes
 
 # %% ../nbs/12_training.ipynb #7fbd5eb0
 def predict_batch(model: nn.Module, batch: Batch, bf16: bool = False) -> Output:
-    """The model's predictions as float32, computed in float32 or, where that is allowed, mostly in bfloat16.
+    """The model's predictions as float32, computed in float32 or, where that is
+    allowed, mostly in bfloat16.
 
-    In training the model is given the targets too: descendants of DETR ask about boxes that are known.
+    In training the model is given the targets too: descendants of DETR ask about boxes
+    that are known.
     """
     known = {"targets": batch.targets} if model.training else {}
     with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
@@ -101,7 +110,11 @@ def predict_batch(model: nn.Module, batch: Batch, bf16: bool = False) -> Output:
 
 
 def train_step(
-    model: nn.Module, criterion: SetCriterion, optimizer: torch.optim.Optimizer, batch: Batch, clip: Number,
+    model: nn.Module,
+    criterion: SetCriterion,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    clip: Number,
     bf16: bool = False,
 ) -> dict[str, Tensor]:
     """One step: predict, compare, differentiate, clip, update.
@@ -112,7 +125,8 @@ def train_step(
         optimizer: holds the model's parameters.
         batch: images, padding and targets on the model's device.
         clip: largest norm that the gradient may keep.
-        bf16: compute the predictions in bfloat16 where torch's autocast allows it; losses stay in float32.
+        bf16: compute the predictions in bfloat16 where torch's autocast allows it;
+            losses stay in float32.
 
     Returns:
         The losses, the weighted `total`, and `grad_norm` before clipping.
@@ -123,51 +137,82 @@ def train_step(
     total.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
-    return {name: value.detach() for name, value in {**losses, "total": total, "grad_norm": norm}.items()}
+    return {
+        name: value.detach()
+        for name, value in {**losses, "total": total, "grad_norm": norm}.items()
+    }
 
 # %% ../nbs/12_training.ipynb #c7e875c3
 def matrices(model: DETR) -> set[nn.Parameter]:
     """Weights of linear maps and convolutions, without the last maps of the head."""
     last = {part.weight for part in model.head_outputs()}
-    return {part.weight for part in model.modules() if isinstance(part, nn.Linear | nn.Conv2d)} - last
+    return {
+        part.weight
+        for part in model.modules()
+        if isinstance(part, nn.Linear | nn.Conv2d)
+    } - last
 
-def optimizer_groups(model: DETR, lr: Number, lr_backbone: Number, lr_muon: Number) -> list[dict]:
-    """Groups for `Muon`: those of `parameter_groups`, each cut into matrices and the rest.
+
+def optimizer_groups(
+    model: DETR, lr: Number, lr_backbone: Number, lr_muon: Number
+) -> list[dict]:
+    """Groups for `Muon`: those of `parameter_groups`, each cut into matrices and the
+    rest.
 
     Args:
         model: the detector.
         lr: highest rate of what is no matrix.
         lr_backbone: the same in the backbone.
-        lr_muon: highest rate of matrices, in the backbone by `lr_backbone / lr` of it; 0 gives matrices to AdamW too.
+        lr_muon: highest rate of matrices, in the backbone by `lr_backbone / lr` of it;
+            0 gives matrices to AdamW too.
 
     Raises:
         ValueError: if `lr` is not above 0.
     """
     if lr <= 0:
-        raise ValueError(f"lr must be above 0, got {lr}; to freeze the backbone alone, give lr_backbone=0")
+        raise ValueError(
+            f"lr must be above 0, got {lr}; to freeze the backbone alone, give"
+            " lr_backbone=0"
+        )
     special, groups = matrices(model) if lr_muon else set(), []
     for group in parameter_groups(model, lr, lr_backbone):
         for orthogonal in (False, True):
             params = [p for p in group["params"] if (p in special) == orthogonal]
             rate = group["lr"] * lr_muon / lr if orthogonal else group["lr"]
-            groups.append({**group, "params": params, "lr": rate, "highest_lr": rate, "orthogonal": orthogonal})
+            groups.append(
+                {
+                    **group,
+                    "params": params,
+                    "lr": rate,
+                    "highest_lr": rate,
+                    "orthogonal": orthogonal,
+                }
+            )
     return [group for group in groups if group["params"]]
 
 # %% ../nbs/12_training.ipynb #74efe427
-def rate_factor(progress: Number, warmup: Number = 0.03, drops: Sequence[Number] = ()) -> Number:
-    """Share of the highest learning rate at a point of the run: a straight rise, then a straight fall or drops.
+def rate_factor(
+    progress: Number, warmup: Number = 0.03, drops: Sequence[Number] = ()
+) -> Number:
+    """Share of the highest learning rate at a point of the run: a straight rise, then a
+    straight fall or drops.
 
     Args:
         progress: share of the run that is over, in [0, 1].
         warmup: share of the run that rises, in [0, 1).
-        drops: shares of the run after which the rate is a tenth of what it was; if any are given it falls only there.
+        drops: shares of the run after which the rate is a tenth of what it was; if any
+            are given it falls only there.
 
     Returns:
         A factor in [0, 1].
     """
     if progress < warmup:
         return progress / warmup
-    return 0.1 ** sum(progress >= drop for drop in drops) if drops else (1 - progress) / (1 - warmup)
+    return (
+        0.1 ** sum(progress >= drop for drop in drops)
+        if drops
+        else (1 - progress) / (1 - warmup)
+    )
 
 # %% ../nbs/12_training.ipynb #05197f4c
 def falling_weight(progress: Number, start: Number, end: Number) -> Number:
@@ -186,9 +231,11 @@ def scale_now(progress: Number, scales: Sequence[tuple[Number, Number]]) -> Numb
 
     Args:
         progress: share of the run that is over, in [0, 1].
-        scales: pairs (share of the run, scale): until then, pictures have this scale; whole ones follow.
+        scales: pairs (share of the run, scale): until then, pictures have this scale;
+            whole ones follow.
     """
     return next((scale for until, scale in scales if progress < until), 1)
+
 
 def shrink(batch: Batch, scale: Number) -> Batch:
     """The same batch with smaller pictures; boxes are shares of the picture and stay.
@@ -203,19 +250,30 @@ def shrink(batch: Batch, scale: Number) -> Batch:
     images = interpolate(batch.images, size, mode="bilinear", antialias=True)
     return batch._replace(images=images, pad=resize_padding(batch.pad, tuple(size)))
 
+
 def evaluate_at(
-    model: DETR, dataset: Dataset, scale: Number, measure: Callable[..., dict] = evaluate
+    model: DETR,
+    dataset: Dataset,
+    scale: Number,
+    measure: Callable[..., dict] = evaluate,
 ) -> dict[str, float | dict[str, float]]:
-    """Metrics on pictures of the scale that the model is trained on at the moment, by all processes together.
+    """Metrics on pictures of the scale that the model is trained on at the moment, by
+    all processes together.
 
     Args:
         model: the detector.
         dataset: what is held out.
         scale: new side by old side of the pictures, in (0, 1].
-        measure: `measure(model, dataset, collate=, shared=)` gives the metrics; COCO's if left out.
+        measure: `measure(model, dataset, collate=, shared=)` gives the metrics; COCO's
+            if left out.
     """
     make_batch = batch_maker(model)
-    return measure(model, dataset, collate=lambda samples: shrink(make_batch(samples), scale), shared=True)
+    return measure(
+        model,
+        dataset,
+        collate=lambda samples: shrink(make_batch(samples), scale),
+        shared=True,
+    )
 
 # %% ../nbs/12_training.ipynb #db8564d1
 @runtime_checkable
@@ -225,12 +283,16 @@ class Loader(Protocol):
     def __len__(self) -> int:
         """Number of batches of an epoch."""
 
-    def epoch(self, number: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
-        """The batches of one epoch from `start` on, or of each the part of one process."""
+    def epoch(
+        self, number: int, start: int = 0, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[Batch]:
+        """The batches of one epoch from `start` on, or one process's part of each."""
+
 
 @runtime_checkable
 class TrainingData(Protocol):
-    """What is learned from: `MemoryDataset`, or `Augmented` for images that a transform changes.
+    """What is learned from: `MemoryDataset`, or `Augmented` for images that a transform
+    changes.
 
     Attributes:
         names: name of each class, in the order of the contiguous ids.
@@ -245,14 +307,19 @@ class TrainingData(Protocol):
     def loader(self, batch_size: int, seed: int) -> Loader:
         """Batches to train on."""
 
+
 class DataConfig(Config):
-    """Where a run's data come from: a frozen dataclass, so that it can be printed, compared and written to a file."""
+    """Where a run's data come from: a frozen dataclass, so that it can be printed,
+    compared and written to a file."""
 
     @abstractmethod
     def load(self) -> tuple[TrainingData, Dataset]:
-        """Return what is learned from and what is held out; the latter gives images as the model shall see them."""
+        """Return what is learned from and what is held out; the latter gives images as
+        the model shall see them."""
 
-    def evaluate(self, model: nn.Module, dataset: Dataset, **options: object) -> dict[str, float | dict[str, float]]:
+    def evaluate(
+        self, model: nn.Module, dataset: Dataset, **options: object
+    ) -> dict[str, float | dict[str, float]]:
         """The metrics that a run reports: COCO's, unless the source has its own.
 
         Args:
@@ -262,7 +329,9 @@ class DataConfig(Config):
         """
         return evaluate(model, dataset, **options)
 
-DataSource, ModelSource = DataConfig, ModelConfig  # as they were called before chapter 80
+
+# as they were called before chapter 80
+DataSource, ModelSource = DataConfig, ModelConfig
 
 # %% ../nbs/12_training.ipynb #b39e0ae3
 @dataclass(frozen=True)
@@ -282,8 +351,11 @@ class ShapesData(DataConfig):
     cache: str = ""
 
     def load(self) -> tuple[MemoryDataset, MemoryDataset]:
-        """Draw or read both series; they share no seed, so no held-out scene was seen in training."""
-        return self.series(self.train_images, seed=1), self.series(self.val_images, seed=2)
+        """Draw or read both series; they share no seed, so no held-out scene was seen
+        in training."""
+        return self.series(self.train_images, seed=1), self.series(
+            self.val_images, seed=2
+        )
 
     def series(self, count: int, seed: int) -> MemoryDataset:
         """Draw or read one series."""
@@ -299,7 +371,8 @@ class Sizes(Config):
     Args:
         short_sides: lengths of the short side to choose from in training, pixels.
         longest: longest side allowed, pixels.
-        crop: shortest and longest side of the random crop that half of the images pass, pixels; [] never crops.
+        crop: shortest and longest side of the random crop that half of the images pass,
+            pixels; [] never crops.
         before_crop: lengths of the short side before the crop, pixels.
         eval_side: length of the short side after training, pixels.
     """
@@ -310,11 +383,16 @@ class Sizes(Config):
     before_crop: tuple[Pixels, ...] = (400, 500, 600)
     eval_side: Pixels = 800
 
-    def pair(self, train: BoxDataset, val: BoxDataset, workers: int) -> tuple[Augmented, Transformed]:
+    def pair(
+        self, train: BoxDataset, val: BoxDataset, workers: int
+    ) -> tuple[Augmented, Transformed]:
         """Both datasets as a run wants them: one augmented, the other only resized."""
         rule = Preprocess(self.eval_side, self.longest)
-        change = train_transform(self.short_sides, self.longest, self.crop or None, self.before_crop)
+        change = train_transform(
+            self.short_sides, self.longest, self.crop or None, self.before_crop
+        )
         return Augmented(train, change, rule, workers), Transformed(val, rule.resize())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Photographs(DataConfig):
@@ -323,12 +401,14 @@ class Photographs(DataConfig):
     Args:
         sizes: how pictures are resized.
         workers: processes that read ahead.
-        skip_unreadable: leave out images that cannot be read, with a warning, instead of stopping.
+        skip_unreadable: leave out images that cannot be read, with a warning, instead
+            of stopping.
     """
 
     sizes: Sizes = Sizes()
     workers: Amount = 2
     skip_unreadable: bool = False
+
 
 @dataclass(frozen=True)
 class CocoData(Photographs):
@@ -347,10 +427,17 @@ class CocoData(Photographs):
     val_file: Path
 
     def load(self) -> tuple[Augmented, Transformed]:
-        """Read both files; crowd regions are left out of training and kept for evaluation."""
-        train = CocoDataset(self.train, self.train_file, keep_crowd=False, skip_unreadable=self.skip_unreadable)
+        """Read both files; crowd regions are left out of training and kept for
+        evaluation."""
+        train = CocoDataset(
+            self.train,
+            self.train_file,
+            keep_crowd=False,
+            skip_unreadable=self.skip_unreadable,
+        )
         val = CocoDataset(self.val, self.val_file, skip_unreadable=self.skip_unreadable)
         return self.sizes.pair(train, val, self.workers)
+
 
 @dataclass(frozen=True)
 class VocData(Photographs):
@@ -369,8 +456,12 @@ class VocData(Photographs):
     def load(self) -> tuple[Augmented, Transformed]:
         """Read both lists; the classes are those of the whole folder."""
         splits = (self.train_split, self.val_split)
-        train, val = (VocDataset(self.folder, split, skip_unreadable=self.skip_unreadable) for split in splits)
+        train, val = (
+            VocDataset(self.folder, split, skip_unreadable=self.skip_unreadable)
+            for split in splits
+        )
         return self.sizes.pair(train, val, self.workers)
+
 
 @dataclass(frozen=True)
 class YoloData(Photographs):
@@ -389,22 +480,28 @@ class YoloData(Photographs):
     def load(self) -> tuple[Augmented, Transformed]:
         """Read both folders."""
         folders = (self.train, self.val)
-        train, val = (YoloDataset(folder, self.names, skip_unreadable=self.skip_unreadable) for folder in folders)
+        train, val = (
+            YoloDataset(folder, self.names, skip_unreadable=self.skip_unreadable)
+            for folder in folders
+        )
         return self.sizes.pair(train, val, self.workers)
 
 # %% ../nbs/12_training.ipynb #0be53582
 @dataclass(frozen=True)
 class TrainConfig(Config):
-    """One training run, complete: two runs with equal configurations, and steps instead of minutes, are equal.
+    """One training run, complete: two runs with equal configurations, and steps instead
+    of minutes, are equal.
 
     Args:
         data: what is learned from.
         model: what is trained.
         steps: optimiser steps of the run, unless `epochs` or `minutes` are given.
         epochs: length of the run in passes over the data, instead.
-        minutes: length of the run on this machine, instead; steps and their data count, evaluation does not.
+        minutes: length of the run on this machine, instead; steps and their data count,
+            evaluation does not.
         batch_size: images a step, all processes and parts together.
-        accumulate: parts into which each process cuts its share of a batch, if memory is short.
+        accumulate: parts into which each process cuts its share of a batch, if memory
+            is short.
         lr: highest learning rate.
         lr_backbone: the same for the backbone.
         lr_muon: highest rate of matrices, which Muon moves; 0 leaves all to AdamW.
@@ -412,7 +509,8 @@ class TrainConfig(Config):
         weight_decay: AdamW's decoupled decay.
         clip: largest norm of the gradient.
         warmup: share of the run in which the rate rises.
-        drops: shares of the run after which the rate is a tenth; none lets it fall straight to zero.
+        drops: shares of the run after which the rate is a tenth; none lets it fall
+            straight to zero.
         weight_ce: weight of the cross-entropy in the total at the start.
         final_weight_ce: the same at the end.
         weight_bbox: weight of L1 in the total.
@@ -420,17 +518,24 @@ class TrainConfig(Config):
         cost_class: weight of the class in matching.
         cost_bbox: weight of L1 in matching.
         cost_giou: weight of GIoU in matching.
-        no_object_weight: weight of the no-object class inside the cross-entropy; the paper's 0.1 suits 100 queries.
-        scales: pairs (share of the run, scale): until then, pictures are shrunk by this scale; whole ones follow.
-        ema: share of the old weights that a running average keeps in a step; 0 has no average.
-        evaluations: how often the held-out set is evaluated, evenly spread, the last at the end.
-        bf16: compute predictions and Muon's products in bfloat16: faster where the processor has instructions for
-            it, slower elsewhere (see `bf16_pays`).
+        no_object_weight: weight of the no-object class inside the cross-entropy; the
+            paper's 0.1 suits 100 queries.
+        scales: pairs (share of the run, scale): until then, pictures are shrunk by this
+            scale; whole ones follow.
+        ema: share of the old weights that a running average keeps in a step; 0 has no
+            average.
+        evaluations: how often the held-out set is evaluated, evenly spread, the last at
+            the end.
+        bf16: compute predictions and Muon's products in bfloat16: faster where the
+            processor has instructions for it, slower elsewhere (see `bf16_pays`).
         compile: let torch compile the model: slow to start, faster on a graphics card.
-        recompute: let layers forget what they computed and compute it again: less memory, more time.
+        recompute: let layers forget what they computed and compute it again: less
+            memory, more time.
         seed: fixes weights, order, augmentation and dropout.
-        skip_not_finite: steps that may be skipped because a number was not finite; one more stops the run.
-        folder: where configuration, log and checkpoint go; empty keeps nothing. A run found there is resumed.
+        skip_not_finite: steps that may be skipped because a number was not finite; one
+            more stops the run.
+        folder: where configuration, log and checkpoint go; empty keeps nothing. A run
+            found there is resumed.
         save_every: seconds of training between checkpoints.
         log_every: steps between rows of the log.
         trackers: who else gets the log, by accelerate's names, such as tensorboard.
@@ -480,13 +585,15 @@ def read_config(words: Sequence[str]) -> TrainConfig:
 
     Raises:
         ConfigError: naming a field whose value is not allowed.
-        SystemExit: if a word is no flag, or its value is of another type; the reason is printed.
+        SystemExit: if a word is no flag, or its value is of another type; the reason is
+            printed.
     """
     return parse_config(TrainConfig, words)
 
 # %% ../nbs/12_training.ipynb #2eb85f3f
 def save_atomically(state: dict, path: Path) -> None:
-    """Write a checkpoint beside `path`, force it to disk, and only then let it take its place.
+    """Write a checkpoint beside `path`, force it to disk, and only then let it take its
+    place.
 
     Args:
         state: what `torch.save` can write.
@@ -503,12 +610,21 @@ def save_atomically(state: dict, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         half_written.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # torch's writer turns the one into the other
         if path.parent.is_dir():
             half_written.unlink(missing_ok=True)
-        kept = "the one before it is unharmed" if path.is_file() else "there is none before it"
-        raise OSError(f"{path} could not be written ({error}); {kept}. Make room on the disk, or give a folder that "
-                      "may be written to, and start the same run again") from error
+        kept = (
+            "the one before it is unharmed"
+            if path.is_file()
+            else "there is none before it"
+        )
+        raise OSError(
+            f"{path} could not be written ({error}); {kept}. Make room on the disk, or"
+            " give a folder that may be written to, and start the same run again"
+        ) from error
 
 # %% ../nbs/12_training.ipynb #12de0011
 class Averages:
@@ -552,9 +668,11 @@ class Run:
         averaged: running average of the weights, or None.
         epoch_steps: steps of a pass over the data.
         step: steps taken.
-        skipped: steps among them whose batch was thrown away, because a number was not finite.
+        skipped: steps among them whose batch was thrown away, because a number was not
+            finite.
         seconds: training time so far: steps and their data, no evaluation.
-        history: rows of the log: step, seconds, mean losses since the last row, metrics of an evaluation.
+        history: rows of the log: step, seconds, mean losses since the last row, metrics
+            of an evaluation.
         parts: seconds by part of a step.
         averages: losses since the last row.
     """
@@ -581,37 +699,56 @@ class Run:
     @property
     def metrics(self) -> dict:
         """The last evaluation; empty before the first."""
-        return next((row["metrics"] for row in reversed(self.history) if "metrics" in row), {})
+        return next(
+            (row["metrics"] for row in reversed(self.history) if "metrics" in row), {}
+        )
 
     @property
     def progress(self) -> float:
-        """Share of the run that is over: of its minutes or epochs if it has any, else of its steps."""
+        """Share of the run that is over: of its minutes or epochs if it has any, else
+        of its steps."""
         config = self.config
         if config.minutes is not None:
             return min(self.seconds / (60 * config.minutes), 1.0)
-        steps = config.steps if config.epochs is None else config.epochs * self.epoch_steps
+        steps = (
+            config.steps if config.epochs is None else config.epochs * self.epoch_steps
+        )
         return min(self.step / steps, 1.0)
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one number of the log: a loss, or a metric such as AP."""
-        found = [(row["step"], {**row, **row.get("metrics", {})}) for row in self.history]
+        found = [
+            (row["step"], {**row, **row.get("metrics", {})}) for row in self.history
+        ]
         pairs = [(step, row[name]) for step, row in found if name in row]
         return [step for step, _ in pairs], [value for _, value in pairs]
 
     def line(self) -> str:
         """Where the run stands, for a person."""
         speed = self.step * self.config.batch_size / max(self.seconds, 1e-9)
-        ap = "".join(f" {name} {self.metrics[name]:.3f}" for name in ("AP", "AP50") if name in self.metrics)
-        loss = "".join(f" loss {row['total']:.2f}" for row in self.history[-1:] if "total" in row)
+        ap = "".join(
+            f" {name} {self.metrics[name]:.3f}"
+            for name in ("AP", "AP50")
+            if name in self.metrics
+        )
+        loss = "".join(
+            f" loss {row['total']:.2f}" for row in self.history[-1:] if "total" in row
+        )
         return f"step {self.step}{loss}{ap} {speed:.0f} images/s"
 
     def epoch_line(self) -> str:
-        """The same at the end of an epoch, with the parts of the loss and the time that is left."""
+        """The same at the end of an epoch, with the parts of the loss and the time that
+        is left."""
         row = self.history[-1] if self.history else {}
         names = {"class": "loss_ce", "L1": "loss_bbox", "GIoU": "loss_giou"}
-        losses = ", ".join(f"{word} {row[name]:.3f}" for word, name in names.items() if name in row)
+        losses = ", ".join(
+            f"{word} {row[name]:.3f}" for word, name in names.items() if name in row
+        )
         left = self.seconds / max(self.progress, 1e-9) * (1 - self.progress) / 60
-        return f"epoch {self.step // self.epoch_steps}: {self.line()} ({losses}), {left:.0f} min left"
+        return (
+            f"epoch {self.step // self.epoch_steps}: {self.line()} ({losses}),"
+            f" {left:.0f} min left"
+        )
 
 # %% ../nbs/12_training.ipynb #6bc7a781
 def log_row(run: Run, means: dict[str, float], metrics: dict | None = None) -> None:
@@ -633,48 +770,89 @@ def log_row(run: Run, means: dict[str, float], metrics: dict | None = None) -> N
 
 # %% ../nbs/12_training.ipynb #9fefa6d8
 def described(model: DETR) -> dict[str, object] | None:
-    """What chapter 08 says of a model's architecture; None if it has no words for it."""
+    """What chapter 08 says of a model's architecture; None if it cannot."""
     try:
         return describe(model)
     except ValueError:
         return None
 
+
 def run_state(run: Run) -> dict[str, object]:
-    """What a later process needs to go on, and what a user of the weights needs; plain values and tensors."""
+    """What a later process needs to go on, and what a user of the weights needs; plain
+    values and tensors."""
     shown = run.shown
     return {
-        "model": shown.state_dict(), "raw_model": run.model.state_dict() if run.averaged else None,
+        "model": shown.state_dict(),
+        "raw_model": run.model.state_dict() if run.averaged else None,
         "averaged_steps": int(run.averaged.n_averaged) if run.averaged else 0,
-        "optimizer": run.optimizer.state_dict(), "averages": run.averages.state_dict(),
-        **{name: getattr(run, name) for name in ("step", "skipped", "seconds", "history", "parts", "epoch_steps")},
-        "config": config_text(run.config), "names": shown.names, "category_ids": shown.category_ids,
-        "preprocess": asdict(shown.preprocess), "threshold": shown.threshold, "description": described(shown),
+        "optimizer": run.optimizer.state_dict(),
+        "averages": run.averages.state_dict(),
+        **{
+            name: getattr(run, name)
+            for name in (
+                "step",
+                "skipped",
+                "seconds",
+                "history",
+                "parts",
+                "epoch_steps",
+            )
+        },
+        "config": config_text(run.config),
+        "names": shown.names,
+        "category_ids": shown.category_ids,
+        "preprocess": asdict(shown.preprocess),
+        "threshold": shown.threshold,
+        "description": described(shown),
     }
 
-def agree(accelerator: Accelerator, *numbers: Number | Float[Tensor, ""]) -> list[Number | Float[Tensor, ""]]:
-    """The means of some numbers over all processes, the same in each; every process must call it."""
+
+def agree(
+    accelerator: Accelerator, *numbers: Number | Float[Tensor, ""]
+) -> list[Number | Float[Tensor, ""]]:
+    """The means of some numbers over all processes, the same in each; every process
+    must call it."""
     if accelerator.num_processes == 1:
         return list(numbers)
-    return accelerator.reduce(torch.tensor(numbers, device=accelerator.device).float(), "mean").tolist()
+    return accelerator.reduce(
+        torch.tensor(numbers, device=accelerator.device).float(), "mean"
+    ).tolist()
+
 
 def save_run(run: Run) -> None:
-    """Write the state of a run, if it has a folder; every process must call it, and one writes for all."""
+    """Write the state of a run, if it has a folder; every process must call it, and one
+    writes for all."""
     if not run.folder:
         return
     sums = run.averages.sums
-    run.averages.sums = dict(zip(sums, agree(run.accelerator, *sums.values()), strict=True))
+    run.averages.sums = dict(
+        zip(sums, agree(run.accelerator, *sums.values()), strict=True)
+    )
     if run.accelerator.is_main_process:
         save_atomically(run_state(run), run.folder / "checkpoint.pt")
 
 # %% ../nbs/12_training.ipynb #321ead31
 HOW = {  # settings that say how a run is carried out, not what it computes
-    "accumulate", "compile", "data.cache", "data.workers", "evaluations", "folder", "log_every", "progress",
-    "recompute", "save_every", "skip_not_finite", "trackers",
+    "accumulate",
+    "compile",
+    "data.cache",
+    "data.workers",
+    "evaluations",
+    "folder",
+    "log_every",
+    "progress",
+    "recompute",
+    "save_every",
+    "skip_not_finite",
+    "trackers",
 }
 
+
 def deciding(config: TrainConfig) -> dict[str, object]:
-    """The settings that decide what a run computes, by full name: `data.train_images` and the like."""
+    """The settings that decide what a run computes, by full name: `data.train_images`
+    and the like."""
     return {name: value for name, value in config.flat().items() if name not in HOW}
+
 
 def read_state(path: Path) -> dict:
     """What `save_run` wrote.
@@ -685,9 +863,15 @@ def read_state(path: Path) -> dict:
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
         return {"config": state["config"], "epoch_steps": state["epoch_steps"], **state}
-    except Exception as error:  # what a damaged file raises depends on where it is damaged
-        raise ValueError(f"{path} ({os.path.getsize(path)} bytes) cannot be read as a checkpoint: it is damaged or of "
-                         "another program. Put a copy in its place, or delete it to start anew") from error
+    except (
+        Exception
+    ) as error:  # what a damaged file raises depends on where it is damaged
+        raise ValueError(
+            f"{path} ({os.path.getsize(path)} bytes) cannot be read as a checkpoint: it"
+            " is damaged or of another program. Put a copy in its place, or delete it"
+            " to start anew"
+        ) from error
+
 
 def check_same_run(run: Run, state: dict, path: Path) -> None:
     """Refuse to go on from a checkpoint of another run.
@@ -696,17 +880,36 @@ def check_same_run(run: Run, state: dict, path: Path) -> None:
         ValueError: naming what differs.
     """
     try:
-        there, here = deciding(text_config(TrainConfig, state["config"])), deciding(run.config)
+        there, here = (
+            deciding(text_config(TrainConfig, state["config"])),
+            deciding(run.config),
+        )
     except ConfigError as error:
-        raise ValueError(f"{path} belongs to a configuration that cannot be read here: {error}. Choose another folder, "
-                         "or delete this one to start anew") from error
-    other = [f"  {name}: there {there.get(name)!r}, here {here.get(name)!r}"
-             for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+        raise ValueError(
+            f"{path} belongs to a configuration that cannot be read here: {error}."
+            " Choose another folder, or delete this one to start anew"
+        ) from error
+    other = [
+        f"  {name}: there {there.get(name)!r}, here {here.get(name)!r}"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
     if state["epoch_steps"] != run.epoch_steps:
-        other.append(f"  steps of an epoch, so the data: there {state['epoch_steps']}, here {run.epoch_steps}")
+        other.append(
+            f"  steps of an epoch, so the data: there {state['epoch_steps']}, here"
+            f" {run.epoch_steps}"
+        )
     if other:
-        raise ValueError("\n".join([f"{path} belongs to another configuration:", *other,
-                                    "Choose another folder, or delete this one to start anew"]))
+        raise ValueError(
+            "\n".join(
+                [
+                    f"{path} belongs to another configuration:",
+                    *other,
+                    "Choose another folder, or delete this one to start anew",
+                ]
+            )
+        )
+
 
 def resume_run(run: Run) -> None:
     """Go back to the checkpoint in the run's folder, if there is one.
@@ -728,8 +931,10 @@ def resume_run(run: Run) -> None:
     for name in ("step", "skipped", "seconds", "history", "parts"):
         setattr(run, name, state[name])
 
+
 def open_folder(run: Run) -> None:
-    """Make the run's folder, write its configuration there, as config.yaml, and the log as far as the run has come.
+    """Make the run's folder, write its configuration there, as config.yaml, and the log
+    as far as the run has come.
 
     Raises:
         OSError: if that cannot be done.
@@ -738,12 +943,18 @@ def open_folder(run: Run) -> None:
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
             (run.folder / "config.yaml").write_text(config_text(run.config))
-            (run.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.history))
+            (run.folder / "log.jsonl").write_text(
+                "".join(json.dumps(row) + "\n" for row in run.history)
+            )
         except OSError as error:
-            raise OSError(f"folder {run.folder} cannot be written to ({error}): give another one") from error
+            raise OSError(
+                f"folder {run.folder} cannot be written to ({error}): give another one"
+            ) from error
 
 # %% ../nbs/12_training.ipynb #20a994b5
-def batches(loader: Loader, step: int, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+def batches(
+    loader: Loader, step: int, share: tuple[int, int] = (0, 1)
+) -> Iterator[Batch]:
     """Endless batches, epoch after epoch, as a run sees them from the given step on.
 
     Args:
@@ -759,17 +970,29 @@ def batches(loader: Loader, step: int, share: tuple[int, int] = (0, 1)) -> Itera
 # %% ../nbs/12_training.ipynb #aed8f45e
 def default_device() -> torch.device:
     """The accelerator that torch finds, else where torch computes by default."""
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.get_default_device()
+    return (
+        torch.accelerator.current_accelerator()
+        if torch.accelerator.is_available()
+        else torch.get_default_device()
+    )
 
 
 def bf16_pays(rounds: int = 20) -> bool:
-    """Whether this machine convolves faster in bfloat16 than in float32, by a fifth at least."""
-    conv = nn.Conv2d(64, 64, 3, padding=1, device=default_device()).to(memory_format=torch.channels_last)
-    images = torch.rand(16, 64, 32, 32, device=default_device()).to(memory_format=torch.channels_last)
+    """Whether this machine convolves faster in bfloat16 than in float32, by a fifth at
+    least."""
+    conv = nn.Conv2d(64, 64, 3, padding=1, device=default_device()).to(
+        memory_format=torch.channels_last
+    )
+    images = torch.rand(16, 64, 32, 32, device=default_device()).to(
+        memory_format=torch.channels_last
+    )
 
     def seconds(enabled: bool) -> float:
         begun = time.perf_counter()
-        with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=enabled):
+        with (
+            torch.inference_mode(),
+            torch.autocast(images.device.type, torch.bfloat16, enabled=enabled),
+        ):
             float(conv(images).sum())  # waits for the device
         return time.perf_counter() - begun
 
@@ -778,25 +1001,42 @@ def bf16_pays(rounds: int = 20) -> bool:
     return half < 0.8 * full
 
 # %% ../nbs/12_training.ipynb #b449872a
-def start(config: TrainConfig, train: TrainingData, accelerator: Accelerator | None = None) -> Run:
-    """Build model and optimiser from the configuration, and resume what the folder holds.
+def start(
+    config: TrainConfig, train: TrainingData, accelerator: Accelerator | None = None
+) -> Run:
+    """Build model and optimiser from the configuration, and resume what the folder
+    holds.
 
     Args:
         config: the whole run.
         train: what is learned from.
-        accelerator: on which device and in how many processes the run takes place; found out if left out.
+        accelerator: on which device and in how many processes the run takes place;
+            found out if left out.
     """
     accelerator = accelerator or Accelerator()
     torch.manual_seed(config.seed)
     with accelerator.main_process_first():  # it fetches weights, the others find them
         model = config.model.build(len(train.names))
-    model.names, model.category_ids, model.preprocess = train.names, train.category_ids, train.preprocess
+    model.names, model.category_ids, model.preprocess = (
+        train.names,
+        train.category_ids,
+        train.preprocess,
+    )
     model.to(accelerator.device, memory_format=torch.channels_last).train()
     mean = get_ema_multi_avg_fn(config.ema)
-    averaged = AveragedModel(model, multi_avg_fn=mean, use_buffers=True) if config.ema else None
+    averaged = (
+        AveragedModel(model, multi_avg_fn=mean, use_buffers=True)
+        if config.ema
+        else None
+    )
     groups = optimizer_groups(model, config.lr, config.lr_backbone, config.lr_muon)
     products = torch.bfloat16 if config.bf16 else torch.float32
-    optimizer = Muon(groups, betas=(0.9, config.beta2), weight_decay=config.weight_decay, dtype=products)
+    optimizer = Muon(
+        groups,
+        betas=(0.9, config.beta2),
+        weight_decay=config.weight_decay,
+        dtype=products,
+    )
     folder = Path(config.folder) if config.folder else None
     epoch_steps = len(train.loader(config.batch_size, config.seed))
     run = Run(config, model, optimizer, folder, accelerator, averaged, epoch_steps)
@@ -804,18 +1044,33 @@ def start(config: TrainConfig, train: TrainingData, accelerator: Accelerator | N
     open_folder(run)
     return run
 
+
 def build_criterion(config: TrainConfig, model: DETR) -> SetCriterion:
-    """The loss of the model's authors, with the weights that the configuration asks for."""
-    names = ("cost_class", "cost_bbox", "cost_giou", "weight_ce", "weight_bbox", "weight_giou", "no_object_weight")
+    """The loss of the model's authors, with the weights that the configuration asks
+    for."""
+    names = (
+        "cost_class",
+        "cost_bbox",
+        "cost_giou",
+        "weight_ce",
+        "weight_bbox",
+        "weight_giou",
+        "no_object_weight",
+    )
     return criterion_for(model, **{name: getattr(config, name) for name in names})
 
+
 def set_pace(run: Run, criterion: SetCriterion) -> None:
-    """Give every parameter group its rate, and the cross-entropy its weight, for this point of the run."""
+    """Give every parameter group its rate, and the cross-entropy its weight, for this
+    point of the run."""
     factor = rate_factor(run.progress, run.config.warmup, run.config.drops)
     for group in run.optimizer.param_groups:
         group["lr"] = factor * group["highest_lr"]
-    weight = falling_weight(run.progress, run.config.weight_ce, run.config.final_weight_ce)
+    weight = falling_weight(
+        run.progress, run.config.weight_ce, run.config.final_weight_ce
+    )
     criterion.reweigh("loss_ce", weight)
+
 
 def evaluation_is_due(run: Run) -> bool:
     """True when the run has passed one more of its evenly spread evaluations."""
@@ -824,11 +1079,16 @@ def evaluation_is_due(run: Run) -> bool:
 
 # %% ../nbs/12_training.ipynb #12de0022
 def whole_batch(
-    accelerator: Accelerator, criterion: SetCriterion, parts: Sequence[Batch], queries: int
+    accelerator: Accelerator,
+    criterion: SetCriterion,
+    parts: Sequence[Batch],
+    queries: int,
 ) -> Normaliser:
-    """What the losses of each part are divided by, so that over all parts and processes the gradient is the batch's."""
+    """What the losses of each part are divided by, so that over all parts and processes
+    the gradient is the batch's."""
     own = combine(sum, [criterion.normalisers(part.targets, queries) for part in parts])
     return combine(lambda numbers: agree(accelerator, *numbers)[0], [own])
+
 
 def finite_losses(
     criterion: SetCriterion, out: Output, targets: Sequence[Target], by: Normaliser
@@ -841,23 +1101,32 @@ def finite_losses(
     losses["total"] = criterion.total(losses)
     return losses if losses["total"].isfinite() else None
 
+
 def differentiate(
-    model: nn.Module, criterion: SetCriterion, parts: Sequence[Batch], accelerator: Accelerator, bf16: bool = False
+    model: nn.Module,
+    criterion: SetCriterion,
+    parts: Sequence[Batch],
+    accelerator: Accelerator,
+    bf16: bool = False,
 ) -> dict[str, Tensor]:
-    """Predict, compare and differentiate a batch part by part; the gradients add up in the parameters.
+    """Predict, compare and differentiate a batch part by part; the gradients add up in
+    the parameters.
 
     Args:
-        model: maps (images, pad, targets) to an `Output`; as the accelerator prepared it.
+        model: maps (images, pad, targets) to an `Output`; as the accelerator prepared
+            it.
         criterion: maps (output, targets, by) to named losses.
         parts: this process's share of the batch, in any number of parts.
         accelerator: knows the other processes.
         bf16: compute the predictions in bfloat16 where torch's autocast allows it.
 
     Returns:
-        Losses and `total`, whose means over processes are those of the batch; watched figures as means over parts.
+        Losses and `total`, whose means over processes are those of the batch; watched
+        figures as means over parts.
 
     Raises:
-        NotFinite: in every process, if a prediction or loss is not finite in any; gradients are incomplete then.
+        NotFinite: in every process, if a prediction or loss is not finite in any;
+            gradients are incomplete then.
     """
     sums, by, fine = {}, None, True
     for number, part in enumerate(parts, 1):
@@ -872,14 +1141,19 @@ def differentiate(
             if fine:
                 losses["total"].backward()
                 for name, value in losses.items():
-                    added = value.detach() if name == "total" or name.startswith("loss_") else value / len(parts)
+                    added = (
+                        value.detach()
+                        if name == "total" or name.startswith("loss_")
+                        else value / len(parts)
+                    )
                     sums[name] = sums.get(name, 0) + added
     return sums
 
 # %% ../nbs/12_training.ipynb #12de0026
 @contextmanager
 def recompute(model: DETR) -> Iterator[None]:
-    """While the block runs, layers keep only their inputs and are computed again for the gradient.
+    """While the block runs, layers keep only their inputs and are computed again for
+    the gradient.
 
     Source: Chen et al. 2016, by torch.utils.checkpoint.
     """
@@ -892,9 +1166,11 @@ def recompute(model: DETR) -> Iterator[None]:
         for part in parts:
             del part.forward  # of the instance; that of its class is back
 
+
 @contextmanager
 def ready_to_train(run: Run) -> Iterator[nn.Module]:
-    """The model as the loop calls it: forgetful, shared between processes, compiled, as the configuration asks."""
+    """The model as the loop calls it: forgetful, shared between processes, compiled, as
+    the configuration asks."""
     with recompute(run.model) if run.config.recompute else nullcontext():
         model = run.accelerator.prepare_model(run.model)
         yield torch.compile(model) if run.config.compile else model
@@ -908,19 +1184,29 @@ def tensors_in(value: object) -> Iterator[Tensor]:
         for part in value:
             yield from tensors_in(part)
 
+
 @torch.no_grad()
 def first_not_finite(model: nn.Module, batch: Batch, bf16: bool = False) -> str:
-    """Name the first tensor that is not finite, in the order of computation; empty if all are."""
-    known = chain([("images", batch.images)], ((f"weight {name}", p) for name, p in model.state_dict().items()))
+    """Name the first tensor that is not finite, in the order of computation; empty if
+    all are."""
+    known = chain(
+        [("images", batch.images)],
+        ((f"weight {name}", p) for name, p in model.state_dict().items()),
+    )
     if bad := next((name for name, value in known if not value.isfinite().all()), ""):
         return bad
     found = []
 
     def look(name: str, _module: nn.Module, _inputs: object, output: object) -> None:
-        if not found and not all(value.isfinite().all() for value in tensors_in(output)):
+        if not found and not all(
+            value.isfinite().all() for value in tensors_in(output)
+        ):
             found.append(f"output of {name or 'the model'}")
 
-    handles = [part.register_forward_hook(partial(look, name)) for name, part in model.named_modules()]
+    handles = [
+        part.register_forward_hook(partial(look, name))
+        for name, part in model.named_modules()
+    ]
     try:
         predict_batch(model, batch, bf16)
     finally:
@@ -928,23 +1214,50 @@ def first_not_finite(model: nn.Module, batch: Batch, bf16: bool = False) -> str:
             handle.remove()
     return found[0] if found else ""
 
+
 def explain_not_finite(run: Run, parts: Sequence[Batch]) -> str:
-    """A text for people: where the first tensor is that is not finite, which images it was, and what may help."""
-    bad = next(filter(None, (first_not_finite(run.model, part, run.config.bf16) for part in parts)), "")
-    gradients = (name for name, p in run.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
-    bad = bad or next((f"gradient of {name}" for name in gradients), "a tensor in another process")
-    images = ", ".join(name_of(target, place) for place, target in enumerate(chain(*(part.targets for part in parts))))
-    return (f"step {run.step}: the first tensor that is not finite: {bad}. The batch: {images}. No weight was changed. "
-            "Look at these images; if they are sound, lower the rates, lengthen the warm-up, or train without bf16")
+    """A text for people: where the first tensor is that is not finite, which images it
+    was, and what may help."""
+    bad = next(
+        filter(
+            None, (first_not_finite(run.model, part, run.config.bf16) for part in parts)
+        ),
+        "",
+    )
+    gradients = (
+        name
+        for name, p in run.model.named_parameters()
+        if p.grad is not None and not p.grad.isfinite().all()
+    )
+    bad = bad or next(
+        (f"gradient of {name}" for name in gradients), "a tensor in another process"
+    )
+    images = ", ".join(
+        name_of(target, place)
+        for place, target in enumerate(chain(*(part.targets for part in parts)))
+    )
+    return (
+        f"step {run.step}: the first tensor that is not finite: {bad}. The batch:"
+        f" {images}. No weight was changed. Look at these images; if they are sound,"
+        " lower the rates, lengthen the warm-up, or train without bf16"
+    )
+
 
 def running_means(model: nn.Module) -> list[Tensor]:
     """What batch norm changes in a forward pass."""
-    return [value for part in model.modules() if isinstance(part, nn.BatchNorm2d) for value in part.buffers()]
+    return [
+        value
+        for part in model.modules()
+        if isinstance(part, nn.BatchNorm2d)
+        for value in part.buffers()
+    ]
+
 
 def guarded_step(
     run: Run, model: nn.Module, criterion: SetCriterion, parts: Sequence[Batch]
 ) -> dict[str, Tensor] | None:
-    """One step of a run that changes neither weight nor running mean unless losses and gradient are finite.
+    """One step of a run that changes neither weight nor running mean unless losses and
+    gradient are finite.
 
     Args:
         run: where it stands.
@@ -961,8 +1274,12 @@ def guarded_step(
     run.optimizer.zero_grad()
     kept = [value.clone() for value in running_means(run.model)]
     try:
-        losses = differentiate(model, criterion, parts, run.accelerator, run.config.bf16)
-        losses["grad_norm"] = nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip)
+        losses = differentiate(
+            model, criterion, parts, run.accelerator, run.config.bf16
+        )
+        losses["grad_norm"] = nn.utils.clip_grad_norm_(
+            run.model.parameters(), run.config.clip
+        )
         if not losses["grad_norm"].isfinite():
             raise NotFinite("the gradient is not finite")
     except NotFinite as error:
@@ -971,8 +1288,13 @@ def guarded_step(
             value.copy_(before)
         run.skipped += 1
         if run.skipped > limit:
-            raise NotFinite(f"{reason}. To go on without such batches, set skip_not_finite; it is {limit}") from error
-        tqdm.write(f"skipped ({run.skipped} of at most {limit}): {reason}", file=sys.stderr)
+            raise NotFinite(
+                f"{reason}. To go on without such batches, set skip_not_finite; it is"
+                f" {limit}"
+            ) from error
+        tqdm.write(
+            f"skipped ({run.skipped} of at most {limit}): {reason}", file=sys.stderr
+        )
         return None
     run.optimizer.step()
     if run.averaged:
@@ -985,6 +1307,7 @@ class Stopped(SystemExit):
 
     def __init__(self):
         super().__init__(128 + signal.SIGTERM)
+
 
 class Notice:
     """A signal that has come and waits to be acted on.
@@ -1000,9 +1323,11 @@ class Notice:
         """End the process as the signal asks."""
         raise KeyboardInterrupt if self.told == signal.SIGINT else Stopped
 
+
 @contextmanager
 def notice() -> Iterator[Notice]:
-    """While the block runs, the first SIGTERM or Ctrl-C is only noted; outside the main thread nothing is changed."""
+    """While the block runs, the first SIGTERM or Ctrl-C is only noted; outside the main
+    thread nothing is changed."""
     note, before = Notice(), {}
 
     def take(number: int, _frame: object) -> None:
@@ -1010,7 +1335,10 @@ def notice() -> Iterator[Notice]:
         signal.signal(number, before[number])
 
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, take) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {
+            number: signal.signal(number, take)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
     try:
         yield note
     finally:
@@ -1026,9 +1354,20 @@ def file_problems(dataset: BoxDataset) -> Iterator[Problem]:
         except DataError as error:
             yield error.problem
             continue
-        yield from (problem for problem in record_problems(record, dataset.known) if problem.kind in FATAL)
+        yield from (
+            problem
+            for problem in record_problems(record, dataset.known)
+            if problem.kind in FATAL
+        )
         if not Path(record.image).is_file():
-            yield Problem(str(record.image), "picture", "missing", "check the folder, or drop the entry", "unreadable")
+            yield Problem(
+                str(record.image),
+                "picture",
+                "missing",
+                "check the folder, or drop the entry",
+                "unreadable",
+            )
+
 
 def check_before(dataset: Dataset, names: Sequence[str], role: str) -> None:
     """Refuse data that would stop a run later.
@@ -1039,13 +1378,18 @@ def check_before(dataset: Dataset, names: Sequence[str], role: str) -> None:
         role: what the dataset is for, in words.
 
     Raises:
-        ValueError: naming the first entry that is wrong; a `DataError` if it is in a file.
+        ValueError: naming the first entry that is wrong; a `DataError` if it is in a
+            file.
     """
     if not len(dataset):
-        raise ValueError(f"{role}: there are 0 images: does its split or file list any?")
+        raise ValueError(
+            f"{role}: there are 0 images: does its split or file list any?"
+        )
     if list(dataset.names) != list(names):
-        raise ValueError(f"{role}: its classes are {list(dataset.names)}, but those to learn from have {list(names)}: "
-                         "give both one list of names")
+        raise ValueError(
+            f"{role}: its classes are {list(dataset.names)}, but those to learn from"
+            f" have {list(names)}: give both one list of names"
+        )
     while hasattr(dataset, "dataset"):  # what lies under transforms
         dataset = dataset.dataset
     if isinstance(dataset, BoxDataset):
@@ -1058,25 +1402,47 @@ def check_before(dataset: Dataset, names: Sequence[str], role: str) -> None:
 # %% ../nbs/12_training.ipynb #71b33772
 Watcher = Callable[[Run], object]
 
-def report(run: Run, val: Dataset, scale: Number, bar: tqdm, watch: Watcher | None) -> None:
-    """Write a row of the log, after an evaluation if one is due, and show it to whoever looks."""
+
+def report(
+    run: Run, val: Dataset, scale: Number, bar: tqdm, watch: Watcher | None
+) -> None:
+    """Write a row of the log, after an evaluation if one is due, and show it to whoever
+    looks."""
     means = run.averages.take()
-    row = {name: float(value) for name, value in zip(means, agree(run.accelerator, *means.values()), strict=True)}
+    row = {
+        name: float(value)
+        for name, value in zip(
+            means, agree(run.accelerator, *means.values()), strict=True
+        )
+    }
     measure = run.config.data.evaluate
-    metrics = evaluate_at(run.shown, val, scale, measure) if evaluation_is_due(run) else None
+    metrics = (
+        evaluate_at(run.shown, val, scale, measure) if evaluation_is_due(run) else None
+    )
     log_row(run, row, metrics)
-    run.accelerator.log({**row, **(flat_metrics(metrics) if metrics else {})}, step=run.step)
+    run.accelerator.log(
+        {**row, **(flat_metrics(metrics) if metrics else {})}, step=run.step
+    )
     bar.set_postfix_str(run.line())
     if watch and run.accelerator.is_main_process:
         watch(run)
 
+
 def flat_metrics(metrics: dict[str, float | dict[str, float]]) -> dict[str, float]:
     """Metrics as trackers want them: classes as `AP/name`."""
-    return {**{name: value for name, value in metrics.items() if name != "per_class"},
-            **{f"AP/{name}": value for name, value in metrics.get("per_class", {}).items()}}
+    return {
+        **{name: value for name, value in metrics.items() if name != "per_class"},
+        **{f"AP/{name}": value for name, value in metrics.get("per_class", {}).items()},
+    }
+
 
 def train_until_done(
-    run: Run, criterion: SetCriterion, stream: Iterator[Batch], val: Dataset, bar: tqdm, watch: Watcher | None = None
+    run: Run,
+    criterion: SetCriterion,
+    stream: Iterator[Batch],
+    val: Dataset,
+    bar: tqdm,
+    watch: Watcher | None = None,
 ) -> None:
     """The loop itself.
 
@@ -1091,7 +1457,12 @@ def train_until_done(
     Raises:
         Stopped: if SIGTERM has come; the run is saved.
     """
-    config, team, clock, saved = run.config, run.accelerator, Stopwatch(run.parts), run.seconds
+    config, team, clock, saved = (
+        run.config,
+        run.accelerator,
+        Stopwatch(run.parts),
+        run.seconds,
+    )
     criterion.matcher = clock.around("matching", criterion.matcher)
     with ready_to_train(run) as model, notice() as note:
         modules = {"transformer": model, "loss": criterion}
@@ -1103,26 +1474,40 @@ def train_until_done(
                 set_pace(run, criterion)
                 scale = scale_now(run.progress, config.scales)
                 with clock.part("data"):
-                    parts = [shrink(part.to(team.device), scale) for part in next(stream).split(config.accumulate)]
+                    parts = [
+                        shrink(part.to(team.device), scale)
+                        for part in next(stream).split(config.accumulate)
+                    ]
                 with clock.part("backward"):
                     if losses := guarded_step(run, model, criterion, parts):
                         run.averages.add(losses)
                 run.step += 1
-                run.seconds, told = agree(team, run.seconds + time.perf_counter() - begun, note.told > 0)
+                run.seconds, told = agree(
+                    team, run.seconds + time.perf_counter() - begun, note.told > 0
+                )
                 if evaluation_is_due(run) or run.step % config.log_every == 0:
                     report(run, val, scale, bar, watch)
-                if told or run.progress == 1 or run.seconds - saved >= config.save_every:
+                if (
+                    told
+                    or run.progress == 1
+                    or run.seconds - saved >= config.save_every
+                ):
                     save_run(run)
                     saved = run.seconds
                 if told:
                     note.leave()
-                if config.progress and run.step % run.epoch_steps == 0 and team.is_main_process:
+                if (
+                    config.progress
+                    and run.step % run.epoch_steps == 0
+                    and team.is_main_process
+                ):
                     bar.write(run.epoch_line())
                 bar.update(int(100 * run.progress) - bar.n)
 
 # %% ../nbs/12_training.ipynb #28e5c4fa
 def find_accelerator(config: TrainConfig) -> Accelerator:
-    """The device and the processes that this run has, and the trackers that it asks for.
+    """The device and the processes that this run has, and the trackers that it asks
+    for.
 
     Raises:
         ValueError: if a tracker is unknown or not installed.
@@ -1131,12 +1516,19 @@ def find_accelerator(config: TrainConfig) -> Accelerator:
     for name in config.trackers:
         if name not in there:
             known = ", ".join(sorted(map(str, LOGGER_TYPE_TO_CLASS)))
-            raise ValueError(f"trackers: {name!r} is not installed or not known: pip install it, or choose of {known}")
-    return Accelerator(log_with=list(config.trackers) or None, project_dir=config.folder or None)
+            raise ValueError(
+                f"trackers: {name!r} is not installed or not known: pip install it, or"
+                f" choose of {known}"
+            )
+    return Accelerator(
+        log_with=list(config.trackers) or None, project_dir=config.folder or None
+    )
+
 
 @contextmanager
 def tracked(run: Run) -> Iterator[None]:
-    """Open the trackers that the run asks for, and close them at its end, however it comes."""
+    """Open the trackers that the run asks for, and close them at its end, however it
+    comes."""
     run.accelerator.init_trackers("detr_nb")
     try:
         yield
@@ -1144,11 +1536,12 @@ def tracked(run: Run) -> Iterator[None]:
         for tracker in run.accelerator.trackers:
             tracker.finish()
 
+
 def fit(config: TrainConfig, watch: Watcher | None = None) -> Run:
     """Train one model from its start, or from the checkpoint in its folder, to its end.
 
-    On several devices or machines, start it in each process by `torchrun`, `accelerate launch` or, from a notebook,
-    `accelerate.notebook_launcher`.
+    On several devices or machines, start it in each process by `torchrun`, `accelerate
+    launch` or, from a notebook, `accelerate.notebook_launcher`.
 
     Args:
         config: the whole run.
@@ -1158,28 +1551,38 @@ def fit(config: TrainConfig, watch: Watcher | None = None) -> Run:
         The run: `run.model`, `run.metrics`, `run.history`, `run.folder`.
 
     Raises:
-        ValueError: if the data cannot be trained on, the folder holds a run of another configuration, or a number is
-            not finite (`NotFinite`).
+        ValueError: if the data cannot be trained on, the folder holds a run of another
+            configuration, or a number is not finite (`NotFinite`).
         OSError: if the folder or a checkpoint cannot be written.
         Stopped: if SIGTERM has come; the run is saved.
     """
     accelerator = find_accelerator(config)
-    with accelerator.main_process_first():  # it draws or fetches, the others find it done
+    # it draws or fetches, the others find it done
+    with accelerator.main_process_first():
         train, val = config.data.load()
     check_before(train, train.names, "training data")
     check_before(val, train.names, "held-out data")
     run = start(config, train, accelerator)
-    criterion, loader = build_criterion(config, run.model), train.loader(config.batch_size, config.seed)
-    stream = batches(loader, run.step, (accelerator.process_index, accelerator.num_processes))
+    criterion, loader = (
+        build_criterion(config, run.model),
+        train.loader(config.batch_size, config.seed),
+    )
+    stream = batches(
+        loader, run.step, (accelerator.process_index, accelerator.num_processes)
+    )
     quiet = not (config.progress and accelerator.is_main_process)
-    with tracked(run), tqdm(total=100, disable=quiet, bar_format="{l_bar}{bar}| {postfix}") as bar:
+    with (
+        tracked(run),
+        tqdm(total=100, disable=quiet, bar_format="{l_bar}{bar}| {postfix}") as bar,
+    ):
         train_until_done(run, criterion, stream, val, bar, watch)
     run.model = run.shown
     return run
 
 # %% ../nbs/12_training.ipynb #bcf1e5f7
 def describe_run(run: Run, what: str, command: str) -> dict[str, object]:
-    """A finished run with its circumstances: what, command, seed, versions, machine, date, curve, metrics.
+    """A finished run with its circumstances: what, command, seed, versions, machine,
+    date, curve, metrics.
 
     Args:
         run: a finished run.
@@ -1187,18 +1590,31 @@ def describe_run(run: Run, what: str, command: str) -> dict[str, object]:
         command: the command that runs it again.
     """
     return {
-        "what": what, "command": command, "seed": run.config.seed, "date": time.strftime("%Y-%m-%d"),
-        "machine": describe_machine(), "config": asdict(run.config),
-        "steps": run.step, "seconds": round(run.seconds, 1),
+        "what": what,
+        "command": command,
+        "seed": run.config.seed,
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": describe_machine(),
+        "config": asdict(run.config),
+        "steps": run.step,
+        "seconds": round(run.seconds, 1),
         "images_per_second": round(run.step * run.config.batch_size / run.seconds, 1),
-        "milliseconds_per_step": {name: round(1000 * s / run.step, 2) for name, s in run.parts.items()},
-        "device": str(run.accelerator.device), "processes": run.accelerator.num_processes,
-        "peak_memory_mb": peak_memory_mb(), "device_memory_mb": device_memory_mb(),
+        "milliseconds_per_step": {
+            name: round(1000 * s / run.step, 2) for name, s in run.parts.items()
+        },
+        "device": str(run.accelerator.device),
+        "processes": run.accelerator.num_processes,
+        "peak_memory_mb": peak_memory_mb(),
+        "device_memory_mb": device_memory_mb(),
         "parameters": sum(p.numel() for p in run.model.parameters()),
-        "curve": run.history, "metrics": run.metrics,
+        "curve": run.history,
+        "metrics": run.metrics,
     }
+
 
 def record(run: Run, what: str, command: str, path: Path) -> None:
     """Write `describe_run` as a small JSON file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(describe_run(run, what, command), indent=1, default=str) + "\n")
+    path.write_text(
+        json.dumps(describe_run(run, what, command), indent=1, default=str) + "\n"
+    )

@@ -19,23 +19,31 @@ from .notation import Memory, Number, Output, Queries
 
 # %% ../nbs/07_transformer.ipynb #8b22ae34
 class Step(nn.Module):
-    """A residual step around a sublayer; the one place that knows pre-norm from post-norm.
+    """A residual step around a sublayer; the one place that knows pre-norm from
+    post-norm.
 
     Args:
         d: model width.
         dropout: share of the sublayer's output dropped in training, in [0, 1).
-        pre_norm: normalise the sublayer's input (True) or the sum (False, as in the paper's models).
+        pre_norm: normalise the sublayer's input (True) or the sum (False, as in the
+            paper's models).
     """
 
     def __init__(self, d: int, dropout: Number = 0.0, pre_norm: bool = False):
         super().__init__()
-        self.norm, self.dropout, self.pre_norm = nn.LayerNorm(d), nn.Dropout(dropout), pre_norm
+        self.norm, self.dropout, self.pre_norm = (
+            nn.LayerNorm(d),
+            nn.Dropout(dropout),
+            pre_norm,
+        )
 
     def extra_repr(self) -> str:
         """What a printed model shows of it."""
         return f"pre_norm={self.pre_norm}"
 
-    def forward(self, x: Float[Tensor, "b n d"], sublayer: Callable[[Tensor], Tensor]) -> Float[Tensor, "b n d"]:
+    def forward(
+        self, x: Float[Tensor, "b n d"], sublayer: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "b n d"]:
         """Add what `sublayer` makes of `x` to `x`.
 
         Args:
@@ -50,7 +58,8 @@ class Step(nn.Module):
 class FeedForward(nn.Sequential):
     """Two linear maps with a ReLU between, applied to every token alone.
 
-    The matrices start Xavier-uniform, as all matrices of DETR's transformer do; the biases keep torch's default.
+    The matrices start Xavier-uniform, as all matrices of DETR's transformer do; the
+    biases keep torch's default.
 
     Args:
         d: model width.
@@ -59,15 +68,20 @@ class FeedForward(nn.Sequential):
     """
 
     def __init__(self, d: int, hidden: int, dropout: Number = 0.0):
-        super().__init__(nn.Linear(d, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, d))
+        super().__init__(
+            nn.Linear(d, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, d)
+        )
         for linear in (self[0], self[3]):
             nn.init.xavier_uniform_(linear.weight)
 
 # %% ../nbs/07_transformer.ipynb #05c18411
 class CellAttention(MultiHeadAttention):
-    """Self-attention among the tokens of a memory; their positions are added for the comparison."""
+    """Self-attention among the tokens of a memory; their positions are added for the
+    comparison."""
 
-    def forward(self, x: Float[Tensor, "b s d"], memory: Memory) -> Float[Tensor, "b s d"]:
+    def forward(
+        self, x: Float[Tensor, "b s d"], memory: Memory
+    ) -> Float[Tensor, "b s d"]:
         """Return what each token gathers from all.
 
         Args:
@@ -76,7 +90,9 @@ class CellAttention(MultiHeadAttention):
         """
         return super().forward(x + memory.pos, x + memory.pos, x, memory.pad)
 
-    def look(self, x: Float[Tensor, "b s d"], memory: Memory) -> Float[Tensor, "b h s s"]:
+    def look(
+        self, x: Float[Tensor, "b s d"], memory: Memory
+    ) -> Float[Tensor, "b h s s"]:
         """The weights of the same look."""
         return self.weights(x + memory.pos, x + memory.pos, memory.pad)
 
@@ -96,13 +112,20 @@ class EncoderLayer(nn.Module):
     """
 
     def __init__(
-        self, d: int, heads: int, hidden: int, dropout: Number = 0.0, pre_norm: bool = False,
+        self,
+        d: int,
+        heads: int,
+        hidden: int,
+        dropout: Number = 0.0,
+        pre_norm: bool = False,
         attention: nn.Module | None = None,
     ):
         super().__init__()
         self.attention = attention or CellAttention(d, heads, float(dropout))
         self.feed_forward = FeedForward(d, hidden, dropout)
-        self.attention_step, self.feed_step = (Step(d, dropout, pre_norm) for _ in range(2))
+        self.attention_step, self.feed_step = (
+            Step(d, dropout, pre_norm) for _ in range(2)
+        )
 
     def forward(self, memory: Memory) -> Memory:
         """Return the memory with new content; everything else in it stays."""
@@ -157,7 +180,11 @@ class DenseCrossAttention(nn.Module):
         self.attention = MultiHeadAttention(d, heads, float(dropout))
 
     def forward(
-        self, content: Float[Tensor, "b q d"], where: QueryPosition, ref: Float[Tensor, "b q r"] | None, memory: Memory,
+        self,
+        content: Float[Tensor, "b q d"],
+        where: QueryPosition,
+        ref: Float[Tensor, "b q r"] | None,
+        memory: Memory,
     ) -> Float[Tensor, "b q d"]:
         """Return what each query gathers from the memory.
 
@@ -167,20 +194,35 @@ class DenseCrossAttention(nn.Module):
             ref: reference numbers of each query; DETR has none and ignores them.
             memory: the encoded image.
         """
-        return self.attention(content + where.cross, memory.x + memory.pos, memory.x, memory.pad, where.extra)
+        return self.attention(
+            content + where.cross,
+            memory.x + memory.pos,
+            memory.x,
+            memory.pad,
+            where.extra,
+        )
 
     def look(
-        self, content: Float[Tensor, "b q d"], where: QueryPosition, ref: Float[Tensor, "b q r"] | None, memory: Memory,
+        self,
+        content: Float[Tensor, "b q d"],
+        where: QueryPosition,
+        ref: Float[Tensor, "b q r"] | None,
+        memory: Memory,
     ) -> Float[Tensor, "b h q s"]:
         """The weights of the same look, before dropout."""
-        return self.attention.weights(content + where.cross, memory.x + memory.pos, memory.pad, where.extra)
+        return self.attention.weights(
+            content + where.cross, memory.x + memory.pos, memory.pad, where.extra
+        )
 
 # %% ../nbs/07_transformer.ipynb #d285c4b1
 class QueryAttention(MultiHeadAttention):
     """Self-attention among queries; their positions are added for the comparison."""
 
     def forward(
-        self, x: Float[Tensor, "b q d"], pos: Float[Tensor, "b q d"], bias: Float[Tensor, "#b #h q q"] | None = None
+        self,
+        x: Float[Tensor, "b q d"],
+        pos: Float[Tensor, "b q d"],
+        bias: Float[Tensor, "#b #h q q"] | None = None,
     ) -> Float[Tensor, "b q d"]:
         """Return what each query gathers from all.
 
@@ -192,7 +234,10 @@ class QueryAttention(MultiHeadAttention):
         return super().forward(x + pos, x + pos, x, bias=bias)
 
     def look(
-        self, x: Float[Tensor, "b q d"], pos: Float[Tensor, "b q d"], bias: Float[Tensor, "#b #h q q"] | None = None
+        self,
+        x: Float[Tensor, "b q d"],
+        pos: Float[Tensor, "b q d"],
+        bias: Float[Tensor, "#b #h q q"] | None = None,
     ) -> Float[Tensor, "b h q q"]:
         """The weights of the same look."""
         return self.weights(x + pos, x + pos, bias=bias)
@@ -207,27 +252,43 @@ class DecoderLayer(nn.Module):
         hidden: width of the feed-forward net.
         dropout: share dropped in attention, feed-forward and residual steps, in [0, 1).
         pre_norm: as in `Step`.
-        cross: the cross-attention, `cross(content, where, ref, memory)`; dense if left out.
-        attention: the self-attention, `attention(content, pos, bias)`; a `QueryAttention` if left out.
-        cross_dropout: share dropped behind the cross-attention, if it is another one there.
+        cross: the cross-attention, `cross(content, where, ref, memory)`; dense if left
+            out.
+        attention: the self-attention, `attention(content, pos, bias)`; a
+            `QueryAttention` if left out.
+        cross_dropout: share dropped behind the cross-attention, if it is another one
+            there.
 
     Source: DETR, appendix A.3.
     """
 
     def __init__(
-        self, d: int, heads: int, hidden: int, dropout: Number = 0.0, pre_norm: bool = False,
-        cross: nn.Module | None = None, attention: nn.Module | None = None, cross_dropout: Number | None = None,
+        self,
+        d: int,
+        heads: int,
+        hidden: int,
+        dropout: Number = 0.0,
+        pre_norm: bool = False,
+        cross: nn.Module | None = None,
+        attention: nn.Module | None = None,
+        cross_dropout: Number | None = None,
     ):
         super().__init__()
         self.attention = attention or QueryAttention(d, heads, float(dropout))
         self.feed_forward = FeedForward(d, hidden, dropout)
         self.cross = cross or DenseCrossAttention(d, heads, dropout)
         shares = (dropout, dropout if cross_dropout is None else cross_dropout, dropout)
-        self.attention_step, self.cross_step, self.feed_step = (Step(d, share, pre_norm) for share in shares)
+        self.attention_step, self.cross_step, self.feed_step = (
+            Step(d, share, pre_norm) for share in shares
+        )
 
     def forward(
-        self, content: Float[Tensor, "b q d"], where: QueryPosition, ref: Float[Tensor, "b q r"] | None,
-        self_mask: Float[Tensor, "#b #h q q"] | None, memory: Memory,
+        self,
+        content: Float[Tensor, "b q d"],
+        where: QueryPosition,
+        ref: Float[Tensor, "b q r"] | None,
+        self_mask: Float[Tensor, "#b #h q q"] | None,
+        memory: Memory,
     ) -> Float[Tensor, "b q d"]:
         """Return the new content of the queries.
 
@@ -235,20 +296,27 @@ class DecoderLayer(nn.Module):
             content: what each query knows so far.
             where: where each query stands.
             ref: passed on to the cross-attention.
-            self_mask: added to the scores of the self-attention; minus infinity hides a query from another.
+            self_mask: added to the scores of the self-attention; minus infinity hides a
+                query from another.
             memory: the encoded image.
         """
-        content = self.attention_step(content, lambda x: self.attention(x, where.own, self_mask))
+        content = self.attention_step(
+            content, lambda x: self.attention(x, where.own, self_mask)
+        )
         content = self.cross_step(content, lambda x: self.cross(x, where, ref, memory))
         return self.feed_step(content, self.feed_forward)
 
 # %% ../nbs/07_transformer.ipynb #95f302d3
 class StaticQueryPosition(nn.Module):
-    """DETR's answer to where a query stands: at the same learned vector in every layer."""
+    """DETR's answer to where a query stands: the same learned vector in every layer."""
 
     def forward(
-        self, layer: int, content: Float[Tensor, "b q d"], pos: Float[Tensor, "b q d"],
-        ref: Float[Tensor, "b q r"] | None, memory: Memory,
+        self,
+        layer: int,
+        content: Float[Tensor, "b q d"],
+        pos: Float[Tensor, "b q d"],
+        ref: Float[Tensor, "b q r"] | None,
+        memory: Memory,
     ) -> QueryPosition:
         """Return `pos` for both kinds of attention.
 
@@ -267,14 +335,25 @@ def split_groups(out: Output, queries: Queries) -> Output:
 
     Args:
         out: predictions of all queries.
-        queries: what the decoder started from; DETR has neither groups nor proposals: its predictions stay.
+        queries: what the decoder started from; DETR has neither groups nor proposals:
+            its predictions stay.
     """
-    extra = {} if queries.proposals is None else {"proposals": Output(*(part[None] for part in queries.proposals))}
+    extra = (
+        {}
+        if queries.proposals is None
+        else {"proposals": Output(*(part[None] for part in queries.proposals))}
+    )
     rest = torch.ones(out.logits.shape[2], dtype=torch.bool)
     for group in queries.groups:
-        extra[group.name] = out.queries(group.part)._replace(matches=group.matches, repeats=group.repeats)
+        extra[group.name] = out.queries(group.part)._replace(
+            matches=group.matches, repeats=group.repeats
+        )
         rest[group.part] = False
-    answering = out.queries(rest.nonzero().flatten().to(out.logits.device)) if queries.groups else out
+    answering = (
+        out.queries(rest.nonzero().flatten().to(out.logits.device))
+        if queries.groups
+        else out
+    )
     return answering._replace(extra=extra)
 
 # %% ../nbs/07_transformer.ipynb #1aee9aef
@@ -282,16 +361,22 @@ class Decoder(nn.Module):
     """Refine all queries at once, layer by layer, and predict after every layer.
 
     Args:
-        layers: decoder layers, `layer(content, where, ref, self_mask, memory) -> content`.
+        layers: decoder layers, `layer(content, where, ref, self_mask, memory) ->
+            content`.
         norm: the norm shared by the outputs of all layers.
         head: `head(layer, content, base) -> Prediction`, and
-            `head.refine(layer, content, prediction, ref) -> ref, base`: where the next layer looks, and from where the
-            next head counts.
-        query_position: `query_position(layer, content, pos, ref, memory) -> QueryPosition`; that of DETR if left out.
+            `head.refine(layer, content, prediction, ref) -> ref, base`: where the next
+            layer looks, and from where the next head counts.
+        query_position: `query_position(layer, content, pos, ref, memory) ->
+            QueryPosition`; that of DETR if left out.
     """
 
     def __init__(
-        self, layers: list[nn.Module], norm: nn.Module, head: nn.Module, query_position: nn.Module | None = None
+        self,
+        layers: list[nn.Module],
+        norm: nn.Module,
+        head: nn.Module,
+        query_position: nn.Module | None = None,
     ):
         super().__init__()
         self.layers, self.norm, self.head = nn.ModuleList(layers), norm, head

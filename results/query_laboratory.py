@@ -15,7 +15,13 @@ from torch import nn
 from detr_nb.data import MemoryDataset
 from detr_nb.evaluation import coco_evaluate
 from detr_nb.explorables import record_film
-from detr_nb.insight import Filmed, count_repeats, drop_repeats, matched_queries, predict_layers
+from detr_nb.insight import (
+    Filmed,
+    count_repeats,
+    drop_repeats,
+    matched_queries,
+    predict_layers,
+)
 from detr_nb.model import DETR, ObjectQueries, detr_tiny, postprocess
 from detr_nb.notation import Memory, Queries
 from detr_nb.shapes import DEFAULT

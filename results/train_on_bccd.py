@@ -21,13 +21,35 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from detr_nb.data import Augmented, Preprocess, Transformed, VocDataset, in_memory, train_transform
-from detr_nb.evaluation import boxes_in_pixels, compare, error_breakdown, evaluate, match, predict
+from detr_nb.data import (
+    Augmented,
+    Preprocess,
+    Transformed,
+    VocDataset,
+    in_memory,
+    train_transform,
+)
+from detr_nb.evaluation import (
+    boxes_in_pixels,
+    compare,
+    error_breakdown,
+    evaluate,
+    match,
+    predict,
+)
 from detr_nb.model import DETR
 from detr_nb.notation import Target
 from detr_nb.plots import axes_grid, draw_box, show_image
 from detr_nb.pretrained import pretrained_model, replace_head
-from detr_nb.training import DataSource, ModelSource, Run, TinyModel, TrainConfig, describe_run, fit
+from detr_nb.training import (
+    DataSource,
+    ModelSource,
+    Run,
+    TinyModel,
+    TrainConfig,
+    describe_run,
+    fit,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 HIT, FALSE, MISSED = "#0072B2", "#D55E00", "#222222"

@@ -14,7 +14,15 @@ from pathlib import Path
 import torch
 
 from detr_nb.shapes import HARD
-from detr_nb.training import ShapesData, Sizes, TinyModel, TrainConfig, VocData, fit, record
+from detr_nb.training import (
+    ShapesData,
+    Sizes,
+    TinyModel,
+    TrainConfig,
+    VocData,
+    fit,
+    record,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGE = TinyModel(num_queries=40, widths=(64, 128, 256, 512), strides=(4, 8, 16, 16), hidden_dim=256, nheads=8,

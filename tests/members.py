@@ -20,7 +20,15 @@ from torchvision.ops import sigmoid_focal_loss
 from detr_nb.losses import SetCriterion, authors_criterion
 from detr_nb.matcher import PaddedTargets
 from detr_nb.model import MLP, DETRConfig, Draws, Scores, SigmoidScores
-from detr_nb.notation import Memory, Number, Output, Prediction, Queries, QueryGroup, Target
+from detr_nb.notation import (
+    Memory,
+    Number,
+    Output,
+    Prediction,
+    Queries,
+    QueryGroup,
+    Target,
+)
 from detr_nb.positions import sine_embedding
 from detr_nb.transformer import Decoder, DecoderLayer, QueryPosition
 

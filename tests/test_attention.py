@@ -11,7 +11,13 @@ from jaxtyping import TypeCheckError
 from torch import nn
 
 from detr_nb import attention
-from detr_nb.attention import HeadMaps, MultiHeadAttention, attend, attention_bias, attention_weights
+from detr_nb.attention import (
+    HeadMaps,
+    MultiHeadAttention,
+    attend,
+    attention_bias,
+    attention_weights,
+)
 
 sizes = st.integers(1, 5)
 seeds = st.integers(0, 2**31)

@@ -45,7 +45,16 @@ from detr_nb.model import (
 )
 from detr_nb.pretrained import resize_queries
 from detr_nb.shapes import EASY, HARD
-from detr_nb.training import CocoData, DataConfig, DataSource, ModelSource, ShapesData, Sizes, TrainConfig, read_config
+from detr_nb.training import (
+    CocoData,
+    DataConfig,
+    DataSource,
+    ModelSource,
+    ShapesData,
+    Sizes,
+    TrainConfig,
+    read_config,
+)
 
 SMALL = {"num_queries": 4, "hidden_dim": 16, "nheads": 2, "enc_layers": 1, "dec_layers": 2, "dim_feedforward": 16}
 

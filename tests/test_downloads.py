@@ -10,7 +10,16 @@ from threading import Thread
 import pytest
 
 from detr_nb import downloads
-from detr_nb.downloads import BCCD, COCO_2017, Archive, DownloadError, download, download_bccd, download_coco, fetch
+from detr_nb.downloads import (
+    BCCD,
+    COCO_2017,
+    Archive,
+    DownloadError,
+    download,
+    download_bccd,
+    download_coco,
+    fetch,
+)
 
 
 def zipped(path, names=("images/a.jpg", "images/b.jpg", "note.txt")):

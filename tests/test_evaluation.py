@@ -20,7 +20,15 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from detr_nb.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
-from detr_nb.data import CocoDataset, MemoryDataset, Preprocess, Transformed, VocDataset, collate, eval_transform
+from detr_nb.data import (
+    CocoDataset,
+    MemoryDataset,
+    Preprocess,
+    Transformed,
+    VocDataset,
+    collate,
+    eval_transform,
+)
 from detr_nb.evaluation import (
     COCO_THRESHOLDS,
     ERRORS,

@@ -20,7 +20,15 @@ from torchvision.transforms.v2 import functional as tv
 
 import detr_nb
 from detr_nb.backbone import ResNet, TinyBackbone
-from detr_nb.data import IMAGENET_MEAN, IMAGENET_STD, MemoryDataset, Preprocess, VocDataset, in_memory, normalise
+from detr_nb.data import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    MemoryDataset,
+    Preprocess,
+    VocDataset,
+    in_memory,
+    normalise,
+)
 from detr_nb.model import (
     DETR,
     DETRDemo,

@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from detr_nb.positions import LearnedPositions, SinePositions, grid_angles, grid_coordinates, sine_embedding
+from detr_nb.positions import (
+    LearnedPositions,
+    SinePositions,
+    grid_angles,
+    grid_coordinates,
+    sine_embedding,
+)
 
 SIDES = st.integers(1, 12)
 WIDTHS = st.integers(1, 12).map(lambda n: 4 * n)

@@ -25,7 +25,12 @@ from detr_nb.insight import attention_maps, watching
 from detr_nb.losses import SetCriterion, criterion_for
 from detr_nb.model import DETR, Draws, RecordedDraws, SigmoidScores, TinyConfig
 from detr_nb.notation import Output, Target
-from detr_nb.pretrained import export_onnx, export_program, pretrained_model, replace_head
+from detr_nb.pretrained import (
+    export_onnx,
+    export_program,
+    pretrained_model,
+    replace_head,
+)
 from detr_nb.training import DataSource, TrainConfig, fit, train_step
 
 LIBRARY = Path(__file__).resolve().parents[1] / "detr_nb"

@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stored import STORED, config, curve, processor, reference_answers, small_model, tiny_answers
+from stored import (
+    STORED,
+    config,
+    curve,
+    processor,
+    reference_answers,
+    small_model,
+    tiny_answers,
+)
 from torch import Tensor
 from torch.testing import assert_close
 
