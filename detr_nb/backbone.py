@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOLDED', 'BasicBlock', 'TinyBackbone', 'append_coordinates', 'imagenet_weights', 'folded', 'Folded',
-           'FoldedBasicBlock', 'FoldedBottleneck', 'resnet_body', 'ResNet', 'parameter_groups']
+           'FoldedBasicBlock', 'FoldedBottleneck', 'resnet_body', 'ResNet']
 
 # %% ../nbs/06_backbone.ipynb #b8040de7
 from itertools import pairwise
@@ -17,7 +17,7 @@ from torch.nn.functional import conv2d
 from torchvision.models import get_model, get_model_weights, resnet
 from torchvision.ops import FrozenBatchNorm2d
 
-from .notation import Number
+from .notation import forward_names
 
 # %% ../nbs/06_backbone.ipynb #e97197b7
 class BasicBlock(nn.Module):
@@ -320,32 +320,5 @@ class ResNet(nn.Module):
             features.append(x)
         return features
 
-# %% ../nbs/06_backbone.ipynb #6d0733c8
-def parameter_groups(model: nn.Module, lr: Number, lr_backbone: Number) -> list[dict]:
-    """Sort the parameters that learn into two groups with a learning rate each, for a
-    torch optimiser.
-
-    Args:
-        model: a detector; what lies under an attribute called `backbone` is its
-            backbone.
-        lr: learning rate of everything else.
-        lr_backbone: learning rate of the backbone; 0 freezes the backbone's parameters
-            for good.
-
-    Returns:
-        At most two groups, `name` "rest" and "backbone". Frozen parameters are in
-        neither; empty groups are left out.
-    """
-    groups = {"rest": [], "backbone": []}
-    for name, parameter in model.named_parameters():
-        inside = "backbone" in name.split(".")
-        if inside and lr_backbone == 0:
-            parameter.requires_grad_(False)
-        if parameter.requires_grad:
-            groups["backbone" if inside else "rest"].append(parameter)
-    rates = {"rest": lr, "backbone": lr_backbone}
-    return [
-        {"name": name, "params": found, "lr": rates[name]}
-        for name, found in groups.items()
-        if found
-    ]
+# %% ../nbs/06_backbone.ipynb #f0a4a4d3
+__getattr__ = forward_names(__name__)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WRITTEN', 'Found', 'FAILURES', 'FOLDER', 'COMMANDS', 'WORDS', 'Predict', 'absolute', 'find_pictures', 'result_paths',
-           'draw', 'coco_rows', 'write_rows', 'predict_file', 'predict', 'FineTuned', 'train', 'Eval', 'judge',
-           'CheckData', 'check', 'command_parser', 'main']
+           'draw', 'coco_rows', 'write_rows', 'predict_file', 'predict', 'train', 'Eval', 'judge', 'CheckData', 'check',
+           'command_parser', 'main']
 
 # %% ../nbs/18_cli.ipynb #18c00007
 import json
@@ -26,29 +26,17 @@ from tqdm import tqdm
 
 from .bench import Bench, bench
 from .boxes import xyxy_to_xywh
-from .clinic import Attendant
-from detr_nb.config import (
-    WORDS_MODE,
-    Config,
-    Count,
-    ModelConfig,
-    QueryCount,
-    Share,
-    from_yaml,
-    options_parser,
-)
-from .data import PICTURES, DataError, Problem, check_data, read_image, summary
+from .checks import DataError, Problem, check_data, read_image, summary
+from .clinic import DiagnosisCallback
+from .config import WORDS_MODE, Config, Count, Share, from_yaml, options_parser
 from .evaluation import evaluate
+from .formats import PICTURES
+from .loading import DataConfig
+from .measuring import default_device
 from .model import DETR, DETRDemo
-from .notation import Number
-from detr_nb.pretrained import (
-    freeze,
-    predict_image,
-    pretrained_model,
-    replace_head,
-    resize_queries,
-)
-from .training import DataConfig, TrainConfig, default_device, fit, read_config
+from .notation import Number, forward_names
+from .pretrained import predict_image, pretrained_model
+from .training import TrainConfig, fit, read_config
 
 # %% ../nbs/18_cli.ipynb #18c00008
 @dataclass(frozen=True)
@@ -262,39 +250,15 @@ def predict(options: Predict) -> int:
     )
     return 0 if not failed else 1 if done else 2
 
-# %% ../nbs/18_cli.ipynb #18de0001
-@dataclass(frozen=True)
-class FineTuned(ModelConfig):
-    """Somebody's weights with a head for your classes; give low rates, since those of a
-    run are for fresh weights.
-
-    Args:
-        weights: as in `Predict`; the small model of drawn shapes that the package
-            carries if left out.
-        num_queries: object queries; as many as the weights have if left out.
-        frozen: parts that do not learn, such as memory.backbone.
-    """
-
-    weights: str | None = None
-    num_queries: QueryCount | None = None
-    frozen: tuple[str, ...] = ()
-
-    def build(self, num_classes: int) -> DETR:
-        """Load, replace the head, freeze."""
-        model = replace_head(pretrained_model(self.weights), num_classes)
-        return freeze(
-            resize_queries(model, self.num_queries) if self.num_queries else model,
-            *self.frozen,
-        ).train()
-
-
+# %% ../nbs/18_cli.ipynb #81202a9e
 FOLDER = "runs/detr"  # of a run that names none
 
 
 def train(config: TrainConfig) -> int:
     """Train, or go on with the run in the folder, and say how good the model became."""
     run = fit(
-        config if config.folder else replace(config, folder=FOLDER), watch=Attendant()
+        config if config.folder else replace(config, folder=FOLDER),
+        watch=DiagnosisCallback(),
     )
     print(run.line())
     print(
@@ -442,3 +406,6 @@ def main(args: Sequence[str] | None = None) -> int:
     except FAILURES as error:
         print(f"detr-nb: {error}", file=sys.stderr)
         return 2
+
+# %% ../nbs/18_cli.ipynb #f0a4a4d3
+__getattr__ = forward_names(__name__)

@@ -171,10 +171,9 @@ HOMES = {
         ("DETRConfig", "ResNetConfig", "ResNetModel", "TinyConfig", "TinyModel"),
         "detr_nb.model",
     ),
-    **dict.fromkeys(
-        ("CocoData", "ShapesData", "VocData", "YoloData"), "detr_nb.training"
-    ),
-    "FineTuned": "detr_nb.cli",
+    **dict.fromkeys(("CocoData", "VocData", "YoloData"), "detr_nb.formats"),
+    "ShapesData": "detr_nb.loading",
+    "FineTuned": "detr_nb.finetuning",
 }
 
 

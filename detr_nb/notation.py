@@ -4,13 +4,18 @@
 
 # %% auto #0
 __all__ = ['AXES', 'Number', 'Pairs', 'expect_error', 'check_exercise', 'toy_image', 'Target', 'toy_targets', 'Prediction',
-           'Output', 'toy_output', 'Memory', 'QueryGroup', 'Queries']
+           'Output', 'toy_output', 'Memory', 'QueryGroup', 'Queries', 'format_list', 'moved_names', 'forward_names']
 
 # %% ../nbs/00_notation.ipynb #cell-006
+import json
 import re
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from importlib.resources import files
 from typing import NamedTuple, NotRequired, TypedDict
 
 import torch
@@ -357,3 +362,36 @@ class Queries(NamedTuple):
     self_mask: Float[Tensor, "#b #h q q"] | None = None
     groups: tuple[QueryGroup, ...] = ()
     proposals: Prediction | None = None
+
+# %% ../nbs/00_notation.ipynb #f0a4a4d2
+#| code-fold: true
+def format_list(words: Mapping | Sequence, limit: int = 12) -> str:
+    """The first few of many words, for a message."""
+    shown = ", ".join(repr(word) for word in list(words)[:limit])
+    return shown if len(words) <= limit else f"{shown} ... ({len(words)} in all)"
+
+
+@cache
+def moved_names() -> dict[str, dict[str, str]]:
+    """Where names of version 0.1 are now, by the module that held them."""
+    return json.loads(files("detr_nb").joinpath("static/moved.json").read_text("utf8"))
+
+
+def forward_names(module: str) -> Callable[[str], object]:
+    """The `__getattr__` of a module whose old names have moved: it finds them, and
+    warns."""
+
+    def find(name: str) -> object:
+        new = moved_names().get(module.removeprefix("detr_nb."), {}).get(name)
+        if new is None:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(
+            f"{module}.{name} has moved to detr_nb.{new}: write that; the old name goes"
+            " with the next release",
+            FutureWarning,
+            stacklevel=2,
+        )
+        home, _, there = new.rpartition(".")
+        return getattr(import_module(f"detr_nb.{home}"), there)
+
+    return find

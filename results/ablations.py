@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass, replace
 from side_by_side import ROOT, run_missing
 from torch import Tensor, nn
 
-from detr_nb.model import DETR, detr_tiny
+from detr_nb.loading import ShapesData
+from detr_nb.model import DETR, TinyModel, detr_tiny
 from detr_nb.notation import Memory, Queries
 from detr_nb.positions import LearnedPositions
 from detr_nb.shapes import EASY
-from detr_nb.training import ShapesData, TinyModel, TrainConfig, fit
+from detr_nb.training import TrainConfig, fit
 
 STEPS, SEEDS = 600, (0, 1)
 

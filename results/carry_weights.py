@@ -13,10 +13,10 @@ import torch
 from detr_nb.boxes import scale_boxes, xyxy_to_cxcywh
 from detr_nb.data import normalise
 from detr_nb.evaluation import evaluate
+from detr_nb.loading import ShapesData
 from detr_nb.model import detr_tiny, postprocess
 from detr_nb.plots import axes_grid, show_image
 from detr_nb.shapes import DEFAULT, Scenes
-from detr_nb.training import ShapesData
 
 ROOT = Path(__file__).resolve().parents[1]
 README = """# detr_tiny.pt

@@ -10,7 +10,8 @@ from dataclasses import asdict
 
 from side_by_side import ROOT, run_missing
 
-from detr_nb.clinic import PATIENTS, examine
+from detr_nb.clinic import collect_evidence
+from detr_nb.failures import FAILURES
 from detr_nb.training import fit
 
 LOGGED = ("step", "loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error", "grad_norm")
@@ -18,17 +19,17 @@ LOGGED = ("step", "loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinali
 
 def make(name: str) -> dict[str, object]:
     """Train one patient, and return what its log and its examination say."""
-    run = fit(PATIENTS[name])
+    run = fit(FAILURES[name])
     kinds = ("AP", "AP50", "AP75")
     return {
         "seed": run.config.seed, "config": asdict(run.config), "steps": run.step, "seconds": round(run.seconds, 1),
         "metrics": {kind: round(run.metrics[kind], 4) for kind in kinds},
-        "seen": {key: float(f"{value:.5g}") for key, value in examine(run).items()},
+        "seen": {key: float(f"{value:.5g}") for key, value in collect_evidence(run).items()},
         "curve": [{key: float(f"{row[key]:.5g}") for key in LOGGED if key in row}
                   | ({"AP": round(row["metrics"]["AP"], 4)} if "metrics" in row else {}) for row in run.history],
     }
 
 
 if __name__ == "__main__":
-    run_missing(list(PATIENTS), make, ROOT / "results" / "clinic.json",
+    run_missing(list(FAILURES), make, ROOT / "results" / "clinic.json",
                 "short trainings of the clinic's patients on easy scenes, and what an examination finds", __doc__)

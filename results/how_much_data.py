@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 
 from side_by_side import ROOT, run_missing
 
-from detr_nb.data import MemoryDataset, MemoryLoader
 from detr_nb.evaluation import evaluate
+from detr_nb.loading import MemoryDataset, MemoryLoader, ShapesData
 from detr_nb.shapes import EASY
-from detr_nb.training import ShapesData, TrainConfig, fit
+from detr_nb.training import TrainConfig, fit
 
 AMOUNTS, STEPS, SEEDS = (100, 400, 1600, 6400, 16000), 600, (0, 1)
 LENGTHS = (150, 300, 600, 1200)

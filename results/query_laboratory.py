@@ -12,20 +12,20 @@ from dataclasses import asdict, dataclass, replace
 from side_by_side import ROOT, run_missing
 from torch import nn
 
-from detr_nb.data import MemoryDataset
 from detr_nb.evaluation import coco_evaluate
-from detr_nb.explorables import record_film
+from detr_nb.explorables import record_training
 from detr_nb.insight import (
-    Filmed,
+    WeightSnapshots,
     count_repeats,
-    drop_repeats,
     matched_queries,
+    non_max_suppression,
     predict_layers,
 )
-from detr_nb.model import DETR, ObjectQueries, detr_tiny, postprocess
+from detr_nb.loading import MemoryDataset, ShapesData
+from detr_nb.model import DETR, ObjectQueries, TinyModel, detr_tiny, postprocess
 from detr_nb.notation import Memory, Queries
 from detr_nb.shapes import DEFAULT
-from detr_nb.training import ShapesData, TinyModel, TrainConfig, fit
+from detr_nb.training import TrainConfig, fit
 
 STEPS, COPIES = 600, 20
 SCENE, SHOWN = 13, "16 queries"  # what appendix 91 shows
@@ -91,7 +91,7 @@ def judge(model: DETR, data: MemoryDataset) -> dict[str, object]:
         found = postprocess(out.layer(layer), [target["size"] for target in targets])
         shares = postprocess(out.layer(layer), [(1, 1)] * len(targets))
         plain = coco_evaluate(targets, found, data.names, data.category_ids)
-        nms = coco_evaluate(targets, [drop_repeats(row) for row in found], data.names, data.category_ids)
+        nms = coco_evaluate(targets, [non_max_suppression(row) for row in found], data.names, data.category_ids)
         layers.append({
             **{key: round(plain[key], 4) for key in ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AR_100")},
             "AP_nms": round(nms["AP"], 4), "repeats": round(sum(map(count_repeats, shares, targets)) / len(targets), 3),
@@ -114,7 +114,7 @@ def instability(build: DETR, film: dict, data: MemoryDataset) -> dict[str, list]
 def make(name: str) -> dict[str, object]:
     """Train one setting and return its row."""
     config = SETTINGS[name]
-    camera = Filmed(config.model, every=config.steps // COPIES)
+    camera = WeightSnapshots(config.model, every=config.steps // COPIES)
     run = fit(replace(config, model=camera))
     val = config.data.series(config.data.val_images, seed=2)
     film = {**camera.film, run.step: {key: value.clone() for key, value in run.model.state_dict().items()}}
@@ -123,7 +123,7 @@ def make(name: str) -> dict[str, object]:
         "seed": config.seed, "config": asdict(config), "steps": run.step, "seconds": round(run.seconds, 1),
         "milliseconds_per_step": round(1000 * run.seconds / run.step, 1), "metrics": judge(run.model, val),
         "instability": instability(run.model, film, few),
-        **({"film": record_film(run.model, film, *val[SCENE])} if name == SHOWN else {}),
+        **({"film": record_training(run.model, film, *val[SCENE])} if name == SHOWN else {}),
     }
 
 

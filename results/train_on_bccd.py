@@ -21,35 +21,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from detr_nb.data import (
-    Augmented,
-    Preprocess,
-    Transformed,
-    VocDataset,
-    in_memory,
-    train_transform,
-)
-from detr_nb.evaluation import (
-    boxes_in_pixels,
-    compare,
-    error_breakdown,
-    evaluate,
-    match,
-    predict,
-)
-from detr_nb.model import DETR
+from detr_nb.config import ModelConfig
+from detr_nb.data import Preprocess, train_transform
+from detr_nb.errors import error_breakdown
+from detr_nb.evaluation import boxes_in_pixels, evaluate, match, match_image, predict
+from detr_nb.finetuning import replace_head
+from detr_nb.formats import VocDataset
+from detr_nb.loading import Augmented, DataConfig, Transformed, in_memory
+from detr_nb.model import DETR, TinyModel
 from detr_nb.notation import Target
 from detr_nb.plots import axes_grid, draw_box, show_image
-from detr_nb.pretrained import pretrained_model, replace_head
-from detr_nb.training import (
-    DataSource,
-    ModelSource,
-    Run,
-    TinyModel,
-    TrainConfig,
-    describe_run,
-    fit,
-)
+from detr_nb.pretrained import pretrained_model
+from detr_nb.runs import Run, describe_run
+from detr_nb.training import TrainConfig, fit
 
 ROOT = Path(__file__).resolve().parents[1]
 HIT, FALSE, MISSED = "#0072B2", "#D55E00", "#222222"
@@ -68,7 +52,7 @@ def photographs(split: str) -> VocDataset:
 
 
 @dataclass(frozen=True)
-class SmallPhotographs(DataSource):
+class SmallPhotographs(DataConfig):
     """BCCD in memory, for a small model. Training sees whole photographs and parts of them, flipped, in changing light.
 
     Args:
@@ -99,7 +83,7 @@ class SmallPhotographs(DataSource):
 
 
 @dataclass(frozen=True)
-class WholePhotographs(DataSource):
+class WholePhotographs(DataConfig):
     """BCCD from its files, augmented as in the paper.
 
     Args:
@@ -123,7 +107,7 @@ class WholePhotographs(DataSource):
 
 
 @dataclass(frozen=True)
-class FromWeights(ModelSource):
+class FromWeights(ModelConfig):
     """A trained model with a new head.
 
     Args:
@@ -159,7 +143,7 @@ def draw_verdict(ax: Axes, image: Tensor, target: Target, found: dict[str, Tenso
     """One photograph: hits blue, false alarms orange, missed cells dashed."""
     show_image(image, ax=ax)
     kept = {name: found[name][found["scores"] > 0.5] for name in ("scores", "labels", "boxes")}
-    seen, order = compare(target, kept), kept["scores"].argsort(descending=True, stable=True)
+    seen, order = match_image(target, kept), kept["scores"].argsort(descending=True, stable=True)
     same = seen.labels[:, None] == seen.truth
     (owner,) = match(np.where(same, seen.overlap, -1.0), np.array([0.5]))
     frame = image.shape[1] / target["size"][0]

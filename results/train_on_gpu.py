@@ -13,16 +13,12 @@ from pathlib import Path
 
 import torch
 
+from detr_nb.formats import Sizes, VocData
+from detr_nb.loading import ShapesData
+from detr_nb.model import TinyModel
+from detr_nb.runs import write_record
 from detr_nb.shapes import HARD
-from detr_nb.training import (
-    ShapesData,
-    Sizes,
-    TinyModel,
-    TrainConfig,
-    VocData,
-    fit,
-    record,
-)
+from detr_nb.training import TrainConfig, fit
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGE = TinyModel(num_queries=40, widths=(64, 128, 256, 512), strides=(4, 8, 16, 16), hidden_dim=256, nheads=8,
@@ -67,7 +63,7 @@ def main() -> None:
     flags = f"--data {args.data} --minutes {args.minutes:g} --seed {args.seed}{' --compile' if args.compile else ''}"
     if not args.anywhere:
         what = f"a larger DETR from scratch on a graphics card, {args.data}, {args.minutes:g} minutes"
-        record(run, what, f"python results/train_on_gpu.py {flags}", Path("results") / f"{name}.json")
+        write_record(run, what, f"python results/train_on_gpu.py {flags}", Path("results") / f"{name}.json")
     print(name, run.line())
 
 

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import torch
 
+from detr_nb.loading import ShapesData
+from detr_nb.model import TinyModel
+from detr_nb.runs import write_record
 from detr_nb.shapes import DEFAULT, EASY
-from detr_nb.training import ShapesData, TinyModel, TrainConfig, fit, record
+from detr_nb.training import TrainConfig, fit
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = Path(".cache")  # relative, so that records name no folder of this machine
@@ -58,7 +61,7 @@ def main() -> None:
     what = f"DETR from scratch on generated scenes, {args.setting} setting, {budget}"
     flags = f"--setting {args.setting} {f'--steps {args.steps}' if args.steps else f'--minutes {args.minutes:g}'}"
     flags += f" --seed {args.seed}{' --bf16' if args.bf16 else ''}{' --paper' if args.paper else ''}"
-    record(run, what + (", the paper's hyper-parameters" if args.paper else ""),
+    write_record(run, what + (", the paper's hyper-parameters" if args.paper else ""),
            f"python results/train_on_shapes.py {flags}", Path("results") / f"{name}.json")
     print(name, run.line())
 

@@ -10,8 +10,10 @@ from dataclasses import replace
 
 from side_by_side import ROOT, run_missing
 
+from detr_nb.loading import ShapesData
+from detr_nb.model import TinyModel
 from detr_nb.shapes import DEFAULT
-from detr_nb.training import ShapesData, TinyModel, TrainConfig, fit
+from detr_nb.training import TrainConfig, fit
 
 MODEL = TinyModel(
     num_queries=16, widths=(32, 64, 128), strides=(4, 8, 8), hidden_dim=128, nheads=4, enc_layers=1, dec_layers=3,

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from detr_nb.backbone import ResNet
+from detr_nb.checkpoints import rename, split_stacked
 from detr_nb.model import DETR, detr
 from detr_nb.notation import Target
-from detr_nb.pretrained import OFFICIAL, rename, split_stacked
+from detr_nb.pretrained import OFFICIAL
 
 DATA = Path(__file__).parent / "data"
 spec = importlib.util.spec_from_file_location("fill", DATA / "fill.py")

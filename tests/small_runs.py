@@ -13,28 +13,22 @@ from accelerate import Accelerator
 from torch.utils.data import Dataset
 from torchvision.ops import FrozenBatchNorm2d
 
-from detr_nb.data import Augmented, MemoryDataset, Preprocess
+from detr_nb.cache import render_scenes
+from detr_nb.config import ModelConfig
+from detr_nb.data import Preprocess
 from detr_nb.evaluation import evaluate
-from detr_nb.model import DETR
-from detr_nb.shapes import EASY, Scenes, render_scenes
-from detr_nb.training import (
-    DataSource,
-    ModelSource,
-    TinyModel,
-    TrainConfig,
-    build_criterion,
-    differentiate,
-    fit,
-    ready_to_train,
-    start,
-)
+from detr_nb.loading import Augmented, DataConfig, MemoryDataset
+from detr_nb.model import DETR, TinyModel
+from detr_nb.shapes import EASY, Scenes
+from detr_nb.steps import accumulate_gradients, ready_to_train
+from detr_nb.training import TrainConfig, build_criterion, create_run, fit
 
 SIZES = TinyModel(num_queries=4, widths=(16, 16, 16), hidden_dim=16, nheads=2, dec_layers=2, dim_feedforward=16,
                   dropout=0.1)
 
 
 @dataclass(frozen=True)
-class Drawn(DataSource):
+class Drawn(DataConfig):
     """A few scenes, drawn in this process."""
 
     count: int = 22
@@ -67,7 +61,7 @@ class Dying(Dataset):
 
 
 @dataclass(frozen=True)
-class Deadly(DataSource):
+class Deadly(DataConfig):
     """Scenes read by a worker, which dies of one of them."""
 
     def load(self) -> tuple[Augmented, MemoryDataset]:
@@ -85,7 +79,7 @@ def frozen_norms(model: DETR) -> DETR:
 
 
 @dataclass(frozen=True)
-class Frozen(ModelSource):
+class Frozen(ModelConfig):
     """The small model without batch norm, whose means would differ between parts of a batch, and without dropout."""
 
     def build(self, num_classes: int) -> DETR:
@@ -117,12 +111,12 @@ def train_with_little_disk(folder: str) -> None:
 def gradients(config: TrainConfig, parts: int, mean_of_means: bool = False) -> dict[str, object]:
     """Losses and gradient of the first batch, in this number of parts in each process, and the held-out figures."""
     team, (train_set, val) = Accelerator(), config.data.load()
-    run = start(config, train_set, team)
+    run = create_run(config, train_set, team)
     batch = next(train_set.loader(7, 0).epoch(0, share=(team.process_index, team.num_processes)))
     groups = [[part] for part in batch.split(parts)] if mean_of_means else [batch.split(parts)]
     with ready_to_train(run) as model:
         for group in groups:
-            losses = differentiate(model, build_criterion(config, run.model), group, team)
+            losses = accumulate_gradients(model, build_criterion(config, run.model), group, team)
     gradient = torch.cat([p.grad.flatten() for p in run.model.parameters()]) / len(groups)
     total = float(team.reduce(losses["total"].clone(), "mean"))
     return {"gradient": gradient, "total": total, "metrics": repr(evaluate(run.model, val, 2, shared=True))}

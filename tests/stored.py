@@ -22,10 +22,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from official import Reference, batch  # noqa: E402
 
 from detr_nb.data import collate  # noqa: E402
+from detr_nb.loading import ShapesData
 from detr_nb.losses import SetCriterion  # noqa: E402
-from detr_nb.model import detr_tiny  # noqa: E402
+from detr_nb.model import (
+    TinyModel,
+    detr_tiny,  # noqa: E402
+)
 from detr_nb.shapes import EASY, Scenes  # noqa: E402
-from detr_nb.training import ShapesData, TinyModel, TrainConfig, fit  # noqa: E402
+from detr_nb.training import TrainConfig, fit
 
 STORED = Path(__file__).parent / "data" / "stored"
 SMALL = {"num_queries": 4, "widths": (16, 16, 16), "hidden_dim": 16, "nheads": 2, "dec_layers": 2,

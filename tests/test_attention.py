@@ -12,7 +12,7 @@ from torch import nn
 
 from detr_nb import attention
 from detr_nb.attention import (
-    HeadMaps,
+    HeadProjections,
     MultiHeadAttention,
     attend,
     attention_bias,
@@ -242,7 +242,7 @@ def test_heads_must_divide_the_width(heads):
 @given(n=sizes, heads=st.sampled_from([1, 2, 3, 6]), seed=seeds)
 def test_join_undoes_split_and_heads_are_slices(n, heads, seed):
     torch.manual_seed(seed)
-    maps, x = HeadMaps(12, heads), torch.randn(2, n, 12)
+    maps, x = HeadProjections(12, heads), torch.randn(2, n, 12)
     cut = maps.split(x)
     assert torch.equal(maps.join(cut), x)
     width = 12 // heads

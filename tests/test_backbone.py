@@ -24,9 +24,9 @@ from detr_nb.backbone import (
     TinyBackbone,
     append_coordinates,
     imagenet_weights,
-    parameter_groups,
     resnet_body,
 )
+from detr_nb.optimizer import parameter_groups
 
 DATA = Path(__file__).parent / "data"
 STAGES = ("layer1", "layer2", "layer3", "layer4")

@@ -19,9 +19,6 @@ from detr_nb.bench import (
     Bench,
     Growth,
     MemoryCase,
-    MissingPeerError,
-    Peer,
-    Row,
     bench,
     command_of,
     compare_data,
@@ -30,25 +27,32 @@ from detr_nb.bench import (
     compare_memory,
     compare_peers,
     exponent,
-    faster_rcnn,
     growth,
-    hugging_face,
-    in_fresh_process,
-    inference,
-    interleaved,
     match_layer_by_layer,
     matching_problem,
     ours,
-    random_batch,
-    resident_mb,
-    rows_of,
-    table,
     training_memory_mb,
-    training_step,
     waiting_share,
 )
 from detr_nb.matcher import HungarianMatcher
-from detr_nb.training import recompute
+from detr_nb.measuring import (
+    Row,
+    in_fresh_process,
+    interleaved,
+    resident_mb,
+    rows_of,
+    table,
+)
+from detr_nb.peers import (
+    MissingPeerError,
+    Peer,
+    faster_rcnn,
+    hugging_face,
+    inference,
+    random_batch,
+    training_step,
+)
+from detr_nb.steps import activation_checkpointing
 
 SMALL = random_batch(1, (64, 96), objects=3)
 
@@ -200,7 +204,7 @@ def test_recomputing_changes_no_gradient():
     torch.manual_seed(0)
     peer = ours("resnet18")
     expected = gradients(peer)
-    with recompute(peer.model):
+    with activation_checkpointing(peer.model):
         found = gradients(peer)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 

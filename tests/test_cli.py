@@ -19,6 +19,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
+from detr_nb.checks import read_image
 from detr_nb.cli import (
     COMMANDS,
     Predict,
@@ -32,10 +33,11 @@ from detr_nb.cli import (
     write_rows,
 )
 from detr_nb.config import from_yaml
-from detr_nb.data import Preprocess, read_image
+from detr_nb.data import Preprocess
+from detr_nb.formats import write_coco
 from detr_nb.model import DETR, detr_tiny
 from detr_nb.pretrained import predict_image, pretrained_model
-from detr_nb.shapes import DEFAULT, EASY, NAMES, Scenes, write_coco
+from detr_nb.shapes import DEFAULT, EASY, NAMES, Scenes
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTOGRAPHS = sorted((DATA / "bccd" / "JPEGImages").glob("*.jpg"))

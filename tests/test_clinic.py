@@ -11,20 +11,19 @@ from small_runs import CONFIG, Drawn
 from torch import nn
 
 from detr_nb.boxes import cxcywh_to_xyxy
+from detr_nb.cache import render_scenes
 from detr_nb.clinic import (
-    PATIENTS,
     RULES,
-    Attendant,
+    DiagnosisCallback,
     Finding,
-    Maskless,
     Samples,
-    StaleBoxes,
     ap_of,
     class_table,
+    collect_evidence,
     common_shift,
     diagnose,
-    examine,
     findings,
+    format_findings,
     found_share,
     in_mode,
     log_evidence,
@@ -32,17 +31,19 @@ from detr_nb.clinic import (
     mode_evidence,
     padded_by_own,
     padding_evidence,
-    prescription,
     renaming,
     target_evidence,
     weight_evidence,
 )
-from detr_nb.data import MemoryDataset, RandomSizeCrop, apply_transform
+from detr_nb.data import RandomSizeCrop, apply_transform
+from detr_nb.failures import FAILURES, IgnoresPadding, PaddedBoxes
+from detr_nb.loading import MemoryDataset
 from detr_nb.losses import SetCriterion
 from detr_nb.model import detr_tiny
 from detr_nb.notation import Output, Target
-from detr_nb.shapes import EASY, Scenes, render_scenes
-from detr_nb.training import fit, running_means, start
+from detr_nb.shapes import EASY, Scenes
+from detr_nb.steps import running_means
+from detr_nb.training import create_run, fit
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = json.loads((ROOT / "results" / "clinic.json").read_text("utf8"))["rows"]
@@ -68,7 +69,7 @@ def drawn() -> MemoryDataset:
 
 # --- recorded patients --------------------------------------------------------------------------------------------
 def test_every_patient_is_recorded():
-    assert [row["name"] for row in RECORD] == list(PATIENTS)
+    assert [row["name"] for row in RECORD] == list(FAILURES)
 
 
 @pytest.mark.parametrize("row", RECORD, ids=lambda row: row["name"])
@@ -139,7 +140,7 @@ def test_lost_areas_are_those_that_python_says(side):
 def test_stale_boxes_are_found_after_the_factor_and_not_before(drawn):
     """The damage of the patient, the factors of the examination: one undoes the other."""
     rng = torch.Generator().manual_seed(0)
-    cut, stale = RandomSizeCrop(64, 128), StaleBoxes(128)
+    cut, stale = RandomSizeCrop(64, 128), PaddedBoxes(128)
     pictures, damaged = [], []
     for image, target in [drawn[i] for i in range(16)]:
         torch.manual_seed(int(torch.randint(1000, (), generator=rng)))
@@ -155,7 +156,7 @@ def test_stale_boxes_are_found_after_the_factor_and_not_before(drawn):
 
 def test_a_forgotten_mask_is_felt_and_a_kept_one_is_not(drawn):
     careful, careless = detr_tiny(pretrained=True), detr_tiny(pretrained=True)
-    careless.memory = Maskless(careless.memory)
+    careless.memory = IgnoresPadding(careless.memory)
     kept, forgotten = padding_evidence(careful, drawn), padding_evidence(careless, drawn)
     assert forgotten["padding"] > 0.1 > 0.05 > kept["padding"]
     assert forgotten["mask_felt"] == 0 and kept["mask_felt"] > 0.01
@@ -207,7 +208,7 @@ def test_the_log_is_summed_with_the_papers_weights():
 def test_a_run_is_examined_without_harm():
     run = fit(replace(CONFIG, steps=6, evaluations=1))
     before, state = torch.random.get_rng_state(), {k: v.clone() for k, v in run.shown.state_dict().items()}
-    seen = examine(run, images=6)
+    seen = collect_evidence(run, images=6)
     assert torch.equal(before, torch.random.get_rng_state())
     assert all(torch.equal(value, state[name]) for name, value in run.shown.state_dict().items())
     assert seen["images"] == 22 and seen["steps"] == 6 and all(math.isfinite(value) for value in seen.values())
@@ -217,20 +218,20 @@ def test_a_run_is_examined_without_harm():
 
 def test_a_run_that_made_no_step_can_be_examined():
     train, _ = CONFIG.data.load()
-    run = start(CONFIG, train)
+    run = create_run(CONFIG, train)
     assert "frozen" in [finding.name for finding in diagnose(run, images=4)]
 
 
 def test_the_attendant_speaks_once_and_only_if_ap_stays_at_zero():
     said = []
-    fit(replace(CONFIG, steps=8, evaluations=8, ema=0), watch=Attendant(said.append))
+    fit(replace(CONFIG, steps=8, evaluations=8, ema=0), watch=DiagnosisCallback(said.append))
     assert len(said) == 1 and said[0].startswith("step 4: AP is 0.000. Likely causes:\n")
 
-    run = start(CONFIG, CONFIG.data.load()[0])
+    run = create_run(CONFIG, CONFIG.data.load()[0])
     run.step = CONFIG.steps
     for row in ({"metrics": {"AP": 0.3}}, {"metrics": {"AP": math.nan}}, {"total": 1.0}):
         run.history = [row]
-        Attendant(said.append)(run)
+        DiagnosisCallback(said.append)(run)
     assert len(said) == 1
 
 
@@ -249,10 +250,10 @@ def test_an_examination_that_fails_does_not_end_the_training():
             return super().load()
 
     said = []
-    run = fit(replace(CONFIG, data=Gone(), steps=8, evaluations=8, ema=0), watch=Attendant(said.append))
+    run = fit(replace(CONFIG, data=Gone(), steps=8, evaluations=8, ema=0), watch=DiagnosisCallback(said.append))
     assert run.step == 8 and len(said) == 1 and "could not be examined (OSError: the disk is gone)" in said[0]
 
 
 def test_a_prescription_is_for_people():
-    assert prescription([Finding("a", "b", "c")]) == "- a: b. What to do: c"
-    assert "nothing was found" in prescription([])
+    assert format_findings([Finding("a", "b", "c")]) == "- a: b. What to do: c"
+    assert "nothing was found" in format_findings([])

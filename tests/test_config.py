@@ -29,7 +29,11 @@ from detr_nb.config import (
     parse_config,
     text_config,
 )
-from detr_nb.insight import Filmed
+from detr_nb.finetuning import resize_queries
+from detr_nb.formats import CocoData, Sizes
+from detr_nb.hub import describe, read_description
+from detr_nb.insight import WeightSnapshots
+from detr_nb.loading import DataConfig, ShapesData
 from detr_nb.model import (
     BackboneConfig,
     DETRConfig,
@@ -38,23 +42,11 @@ from detr_nb.model import (
     ResNetModel,
     TinyConfig,
     TinyModel,
-    describe,
     detr,
     detr_tiny,
-    read_description,
 )
-from detr_nb.pretrained import resize_queries
 from detr_nb.shapes import EASY, HARD
-from detr_nb.training import (
-    CocoData,
-    DataConfig,
-    DataSource,
-    ModelSource,
-    ShapesData,
-    Sizes,
-    TrainConfig,
-    read_config,
-)
+from detr_nb.training import TrainConfig, read_config
 
 SMALL = {"num_queries": 4, "hidden_dim": 16, "nheads": 2, "enc_layers": 1, "dec_layers": 2, "dim_feedforward": 16}
 
@@ -178,7 +170,7 @@ def test_a_kind_is_imported_when_it_is_asked_for_and_nothing_else_is(tmp_path):
 def test_old_names_and_places_are_understood():
     assert Tool.read({"kind": "OldSaw", "teeth": 3}) == Saw(3) and Saw(3).plain()["kind"].endswith("Saw")
     assert BackboneConfig.read({"kind": "TinyBackbone", "widths": [8], "strides": [4]}) == TinyConfig((8,), (4,))
-    assert (DataSource, ModelSource) == (DataConfig, ModelConfig)
+    assert (DataConfig, ModelConfig) == (DataConfig, ModelConfig)
     old = {"class_path": "detr_nb.training.TinyModel", "init_args": {"num_queries": 5}}
     text = json.dumps({"model": old, "data": {"class_path": "detr_nb.training.ShapesData"}})
     with pytest.warns(FutureWarning, match=r"training\.TinyModel has moved to detr_nb\.model: write TinyModel"):
@@ -328,8 +320,8 @@ def test_what_weights_depend_on_leaves_out_what_they_do_not():
 
 
 def test_a_filmed_model_is_a_configuration_like_others():
-    camera = Filmed(TinyModel(num_queries=3), every=5)
-    assert camera == Filmed(TinyModel(num_queries=3), every=5) and camera.film == {}
+    camera = WeightSnapshots(TinyModel(num_queries=3), every=5)
+    assert camera == WeightSnapshots(TinyModel(num_queries=3), every=5) and camera.film == {}
     assert Config.read(json.loads(json.dumps(camera.plain()))) == camera
     assert camera.build(2).config == TinyModel(num_queries=3).build(2).config
 

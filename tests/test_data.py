@@ -24,36 +24,38 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from detr_nb.boxes import cxcywh_to_xyxy, scale_boxes, xyxy_to_cxcywh, xyxy_to_xywh
-from detr_nb.data import (
+from detr_nb.checks import (
     KINDS,
-    Augmented,
-    Batch,
-    CocoDataset,
     DataError,
-    MemoryDataset,
-    MemoryLoader,
-    Preprocess,
     Problem,
-    RandomSizeCrop,
-    Transformed,
-    VocDataset,
-    YoloDataset,
-    apply_transform,
     check_data,
-    collate,
-    denormalise,
-    epoch_loader,
-    epoch_order,
-    eval_transform,
-    fitted_size,
-    in_memory,
-    normalise,
-    pad_images,
     picture_size,
     read_image,
     summary,
+)
+from detr_nb.data import (
+    Batch,
+    Preprocess,
+    RandomSizeCrop,
+    apply_transform,
+    collate,
+    denormalise,
+    eval_transform,
+    fitted_size,
+    normalise,
+    pad_images,
     train_transform,
-    turn_image,
+)
+from detr_nb.formats import CocoDataset, VocDataset, YoloDataset
+from detr_nb.loading import (
+    Augmented,
+    MemoryDataset,
+    MemoryLoader,
+    Transformed,
+    epoch_loader,
+    epoch_order,
+    flip_transpose,
+    in_memory,
 )
 
 BCCD = Path(__file__).parent / "data" / "bccd"
@@ -815,7 +817,7 @@ def test_symmetries_are_the_group_of_the_square():
     square = torch.arange(9).reshape(1, 3, 3)
     quarter_turns = [torch.rot90(square, k, (1, 2)) for k in range(4)]
     expected = {tuple(v.flatten().tolist()) for turn in quarter_turns for v in (turn, turn.flip(-1))}
-    assert {tuple(turn_image(square, s).flatten().tolist()) for s in range(8)} == expected
+    assert {tuple(flip_transpose(square, s).flatten().tolist()) for s in range(8)} == expected
 
 
 @settings(max_examples=15)

@@ -20,33 +20,29 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from detr_nb.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
-from detr_nb.data import (
-    CocoDataset,
-    MemoryDataset,
-    Preprocess,
-    Transformed,
-    VocDataset,
-    collate,
-    eval_transform,
+from detr_nb.data import Preprocess, collate, eval_transform
+from detr_nb.errors import (
+    ERRORS,
+    confusion_matrix,
+    error_breakdown,
+    error_gains,
+    pr_curve,
 )
 from detr_nb.evaluation import (
     COCO_THRESHOLDS,
-    ERRORS,
     ap_table,
     average_precision,
     coco_evaluate,
     coco_results,
-    confusion_matrix,
-    error_breakdown,
-    error_gains,
     evaluate,
     evaluation_mode,
     match,
-    pr_curve,
     precision_recall,
     predict,
     relabel,
 )
+from detr_nb.formats import CocoDataset, VocDataset
+from detr_nb.loading import MemoryDataset, Transformed
 from detr_nb.notation import Output, Target
 
 NAMES, IDS = ["cat", "dog", "owl"], [17, 3, 90]  # raw ids neither contiguous nor sorted

@@ -22,7 +22,7 @@ from scipy.optimize import linear_sum_assignment
 from torch.testing import assert_close
 from torchvision.ops import batched_nms
 
-from detr_nb.attention import HeadMaps, attention_weights
+from detr_nb.attention import HeadProjections, attention_weights
 from detr_nb.boxes import cxcywh_to_xyxy, giou, iou
 from detr_nb.matcher import HungarianMatcher, pad_targets
 from detr_nb.model import detr_tiny
@@ -161,7 +161,7 @@ def test_suppression_is_torchvisions():
 @pytest.mark.parametrize("heads", [1, 2, 4, 8])
 def test_shares_are_those_of_the_library(heads):
     cells = explorables.describe_cells(toy_image()).double()
-    split = HeadMaps(8, heads).split(cells[None])
+    split = HeadProjections(8, heads).split(cells[None])
     ours = attention_weights(1.7 * split, split)[0, :, 9]
     script = "const { shares } = await from('attention'); console.log(JSON.stringify(shares(...data)))"
     found = run_node(script, [cells[9].tolist(), cells.tolist(), heads, 1.7])

@@ -16,18 +16,17 @@ import torch
 from small_runs import CONFIG, Deadly, Drawn, series, wait_for
 from tqdm.auto import tqdm
 
-from detr_nb.data import Augmented, CocoDataset, DataError, MemoryDataset
+from detr_nb.checks import DataError
+from detr_nb.formats import CocoData, CocoDataset, Sizes, write_coco
+from detr_nb.loading import Augmented, MemoryDataset, batches
 from detr_nb.matcher import NotFinite
-from detr_nb.shapes import EASY, Scenes, write_coco
+from detr_nb.runs import save_atomically
+from detr_nb.shapes import EASY, Scenes
 from detr_nb.training import (
-    CocoData,
-    Sizes,
-    batches,
     build_criterion,
     check_before,
+    create_run,
     fit,
-    save_atomically,
-    start,
     train_until_done,
 )
 
@@ -170,7 +169,7 @@ def poisoned(stream, when: set[int], kind: float):
 
 def fit_poisoned(config, when, kind=float("nan")):
     train, val = config.data.load()
-    run = start(config, train)
+    run = create_run(config, train)
     stream = poisoned(batches(train.loader(config.batch_size, config.seed), 0), when, kind)
     with tqdm(disable=True) as bar:
         train_until_done(run, build_criterion(config, run.model), stream, val, bar)
@@ -199,7 +198,7 @@ def test_bad_batches_are_skipped_as_often_as_was_allowed(capsys):
 
 def test_a_gradient_that_overflows_is_named_by_its_parameter():
     train, val = SHORT.data.load()
-    run, stream = start(SHORT, train), batches(train.loader(4, 0), 0)
+    run, stream = create_run(SHORT, train), batches(train.loader(4, 0), 0)
     run.model.queries.embedding.weight.register_hook(lambda gradient: gradient * float("inf"))
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
     with pytest.raises(NotFinite, match=r"gradient of queries\.embedding\.weight"), tqdm(disable=True) as bar:

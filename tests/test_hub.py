@@ -20,38 +20,29 @@ from torchvision.transforms.v2 import functional as tv
 
 import detr_nb
 from detr_nb.backbone import ResNet, TinyBackbone
-from detr_nb.data import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    MemoryDataset,
-    Preprocess,
-    VocDataset,
-    in_memory,
-    normalise,
-)
+from detr_nb.checkpoints import PUBLISHED
+from detr_nb.data import IMAGENET_MEAN, IMAGENET_STD, Preprocess, normalise
+from detr_nb.finetuning import replace_head, resize_queries
+from detr_nb.formats import VocDataset
+from detr_nb.hub import model_config
+from detr_nb.loading import MemoryDataset, ShapesData, in_memory
 from detr_nb.model import (
     DETR,
     DETRDemo,
+    TinyModel,
     detr,
     detr_resnet18,
     detr_resnet50_dc5,
     detr_resnet101,
     detr_tiny,
-    model_config,
     postprocess,
 )
 from detr_nb.notation import Output
 from detr_nb.positions import LearnedPositions
-from detr_nb.pretrained import (
-    PUBLISHED,
-    load_pretrained,
-    predict_image,
-    pretrained_model,
-    replace_head,
-    resize_queries,
-)
+from detr_nb.pretrained import load_pretrained, predict_image, pretrained_model
+from detr_nb.runs import Run, save_run
 from detr_nb.shapes import DEFAULT, Scenes
-from detr_nb.training import Run, ShapesData, TinyModel, TrainConfig, save_run, start
+from detr_nb.training import TrainConfig, create_run
 
 pytestmark = pytest.mark.slow  # a model is built and a file written in nearly every test; test_cli has a quick one
 
@@ -506,7 +497,7 @@ def test_a_model_without_words_can_be_trained_and_saved(tmp_path):
 
 def test_a_run_prepares_pictures_as_its_dataset_was():
     train = in_memory(VocDataset(BCCD, "trainval"), (64, 96))
-    model = start(TrainConfig(model=TinyModel()), train).model
+    model = create_run(TrainConfig(model=TinyModel()), train).model
     assert model.preprocess == Preprocess(size=(64, 96)) and model.names == train.names
 
 

@@ -12,31 +12,32 @@ from torchvision.ops import nms
 
 from detr_nb.attention import MultiHeadAttention, attention_weights
 from detr_nb.boxes import cxcywh_to_xyxy, pairwise_iou
-from detr_nb.data import MemoryDataset
 from detr_nb.insight import (
     ROLES,
-    Filmed,
+    WeightSnapshots,
+    ablate,
     as_grid,
     attention_entropy,
     attention_maps,
     attention_parts,
+    capture_attention,
     cells_inside,
     cells_of,
     count_repeats,
-    drop_repeats,
     in_box_frame,
     matched_queries,
     nearest_cell,
+    non_max_suppression,
     predict_layers,
-    rivals,
     share_inside,
-    switched_off,
-    watching,
+    suppressed_queries,
     weights_of,
 )
+from detr_nb.loading import MemoryDataset
 from detr_nb.matcher import HungarianMatcher
 from detr_nb.model import (
     DETRDemo,
+    TinyModel,
     detr_resnet18,
     detr_resnet50,
     detr_resnet50_dc5,
@@ -45,7 +46,6 @@ from detr_nb.model import (
     detr_tiny,
 )
 from detr_nb.notation import Memory, Output, Target
-from detr_nb.training import TinyModel
 
 SMALL = {"hidden_dim": 32, "nheads": 4, "enc_layers": 2, "dec_layers": 2}
 RESNET = {"num_classes": 4, "num_queries": 7, "pretrained_backbone": False, "dim_feedforward": 64, **SMALL}
@@ -154,9 +154,9 @@ def test_hooks_go_and_the_mode_stays_when_the_model_fails():
     with pytest.raises(ValueError, match="all padding"):
         attention_maps(model, images(), torch.ones(2, 64, 64, dtype=torch.bool))
     assert no_hooks(model) and model.training
-    with pytest.raises(KeyError), watching(attention_parts(model)):
+    with pytest.raises(KeyError), capture_attention(attention_parts(model)):
         raise KeyError("anything")
-    with pytest.raises(KeyError), switched_off(attention_parts(model)["queries"]):
+    with pytest.raises(KeyError), ablate(attention_parts(model)["queries"]):
         raise KeyError("anything")
     assert no_hooks(model)
 
@@ -232,7 +232,7 @@ def test_rivals_agree_with_loops():
     torch.manual_seed(4)
     scores, boxes = torch.rand(3, 9), random_boxes(3, 9)
     boxes[:, 1::2] = boxes[:, :-1:2] + 0.01
-    found = rivals(scores, boxes)
+    found = suppressed_queries(scores, boxes)
     corners = cxcywh_to_xyxy(boxes)
     for b, loser, winner in torch.cartesian_prod(torch.arange(3), torch.arange(9), torch.arange(9)).tolist():
         overlap = pairwise_iou(corners[b, [loser]], corners[b, [winner]]).item()
@@ -278,7 +278,7 @@ def test_suppression_is_that_of_torchvision_class_by_class(overlap):
     for label in range(3):
         mine = (found["labels"] == label).nonzero().flatten()
         keep += mine[nms(found["boxes"][mine], found["scores"][mine], overlap)].tolist()
-    left = drop_repeats(found, overlap)
+    left = non_max_suppression(found, overlap)
     assert_close(left["scores"], found["scores"][keep].sort(descending=True).values)
     assert (len(keep) == 60) == (overlap == 1.0)
 
@@ -326,7 +326,7 @@ def test_a_silent_sublayer_is_one_whose_output_map_is_zero(name):
     for part in attention_parts(zeroed)["queries"]:
         for value in (part.out if hasattr(part, "out") else part.out_proj).parameters():
             nn.init.zeros_(value)
-    with torch.no_grad(), switched_off(parts):
+    with torch.no_grad(), ablate(parts):
         silent = model(images())
     with torch.no_grad():
         assert_close(silent.boxes, zeroed(images()).boxes)
@@ -335,7 +335,7 @@ def test_a_silent_sublayer_is_one_whose_output_map_is_zero(name):
 
 
 def test_a_film_holds_copies_of_the_weights_at_training_steps_only():
-    source = Filmed(TinyModel(num_queries=4), every=2)
+    source = WeightSnapshots(TinyModel(num_queries=4), every=2)
     model = source.build(3)
     model.eval()(images())
     for _ in range(4):

@@ -21,6 +21,10 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import detr_nb
 from detr_nb.backbone import ResNet
+from detr_nb.checkpoints import PUBLISHED, read_checkpoint
+from detr_nb.export import LastLayer, export_onnx, export_program
+from detr_nb.finetuning import replace_head, resize_queries
+from detr_nb.loading import ShapesData
 from detr_nb.losses import SetCriterion
 from detr_nb.matcher import HungarianMatcher
 from detr_nb.model import (
@@ -35,21 +39,11 @@ from detr_nb.model import (
     postprocess,
 )
 from detr_nb.notation import Output, Target
+from detr_nb.optimizer import freeze, rate_groups
 from detr_nb.positions import LearnedPositions
-from detr_nb.pretrained import (
-    COCO_NAMES,
-    PUBLISHED,
-    LastLayer,
-    export_onnx,
-    export_program,
-    freeze,
-    load_pretrained,
-    rate_groups,
-    read_checkpoint,
-    replace_head,
-    resize_queries,
-)
-from detr_nb.training import Run, ShapesData, TrainConfig, save_run
+from detr_nb.pretrained import COCO_NAMES, load_pretrained
+from detr_nb.runs import Run, save_run
+from detr_nb.training import TrainConfig
 
 pytestmark = pytest.mark.slow  # a model is built and a file written in nearly every test; test_cli has a quick one
 

@@ -28,7 +28,7 @@ PACKAGE = ROOT / "detr_nb"
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 CHAPTERS = [path for path in NOTEBOOKS if path.relative_to(ROOT / "nbs").parts[0] not in ("experiments", "solutions")]
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
-           for path in PACKAGE.rglob("*.py") if not path.stem.startswith("_")}
+           for path in PACKAGE.rglob("*.py") if not path.stem.startswith("_") and path.stem != "muon"}  # that only forwards
 DEVELOPMENT_TOOLS = {"nbdev", "fastcore", "execnb", "jupyter_book", "IPython", "pytest", "hypothesis", "beartype"}
 
 
@@ -271,7 +271,7 @@ def may_import(number: int, other: int) -> bool:
     if number >= 90:
         return other < 90
     if number >= 80:  # the workshop
-        return other <= 10 or 80 <= other < number
+        return other <= 11 or 80 <= other < number
     return other < number or 80 <= other < 90
 
 
@@ -279,7 +279,7 @@ def may_import(number: int, other: int) -> bool:
     ("number", "other", "allowed"),
     [
         (12, 5, True), (12, 12, False), (12, 13, False), (12, 86, True), (12, 93, True), (12, 90, False),
-        (82, 10, True), (82, 11, False), (82, 80, True), (82, 83, False), (82, 94, True), (82, 90, False),
+        (82, 11, True), (82, 12, False), (82, 80, True), (82, 83, False), (82, 94, True), (82, 90, False),
         (92, 0, True), (92, 3, False), (94, 93, False), (90, 42, True), (91, 8, True), (91, 90, False), (96, 92, True),
     ],
 )
@@ -288,7 +288,10 @@ def test_the_rule_of_imports(number, other, allowed):
 
 
 # Imports that break the rule, and why.
-EXCEPTIONS = {("explorables", "plots"): "the still pictures of its figures are drawn as all others are"}
+EXCEPTIONS = {
+    ("explorables", "plots"): "the still pictures of its figures are drawn as all others are",
+    ("bench", "peers"): "what others built is compared here, and stands apart from what is ours",
+}
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

@@ -19,19 +19,17 @@ from small_runs import SHARED, frozen_norms, gradients, series
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from detr_nb.data import Batch, MemoryDataset
+from detr_nb.data import Batch
 from detr_nb.evaluation import evaluate
-from detr_nb.insight import attention_maps, watching
+from detr_nb.export import export_onnx, export_program
+from detr_nb.finetuning import replace_head
+from detr_nb.insight import attention_maps, capture_attention
+from detr_nb.loading import DataConfig, MemoryDataset
 from detr_nb.losses import SetCriterion, criterion_for
 from detr_nb.model import DETR, Draws, RecordedDraws, SigmoidScores, TinyConfig
 from detr_nb.notation import Output, Target
-from detr_nb.pretrained import (
-    export_onnx,
-    export_program,
-    pretrained_model,
-    replace_head,
-)
-from detr_nb.training import DataSource, TrainConfig, fit, train_step
+from detr_nb.pretrained import pretrained_model
+from detr_nb.training import TrainConfig, fit, train_step
 
 LIBRARY = Path(__file__).resolve().parents[1] / "detr_nb"
 TINY = {"backbone": TinyConfig((16, 16, 16), (4, 8, 8)), "hidden_dim": 16, "nheads": 2, "enc_layers": 1,
@@ -40,7 +38,7 @@ EVERYTHING = Everything(num_queries=5, **TINY)
 
 
 @dataclass(frozen=True)
-class Pairs(DataSource):
+class Pairs(DataConfig):
     """Scenes with two objects each."""
 
     def load(self) -> tuple[MemoryDataset, MemoryDataset]:
@@ -416,7 +414,7 @@ def test_boxes_of_ten_numbers_come_back():
 
 def test_it_looks_where_its_points_are_projected():
     model, batch = space().eval(), scenes()
-    with torch.no_grad(), watching({"cross": model.attentions()["cross"]}) as seen:
+    with torch.no_grad(), capture_attention({"cross": model.attentions()["cross"]}) as seen:
         model(**batch.inputs())
     points, weights = seen["cross"][0]
     assert points.shape == (2, 6, 2, 1, 2) and weights.shape == (2, 6, 2, 1)

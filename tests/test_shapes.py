@@ -23,6 +23,8 @@ from torch.utils.data import DataLoader
 from torchvision.ops import box_convert, box_iou
 
 from detr_nb import shapes
+from detr_nb.cache import render_scenes
+from detr_nb.formats import coco_json, write_coco
 from detr_nb.shapes import (
     DEFAULT,
     EASY,
@@ -30,12 +32,9 @@ from detr_nb.shapes import (
     NAMES,
     SceneConfig,
     Scenes,
-    coco_json,
     make_scene,
     place,
-    render_scenes,
     scene_target,
-    write_coco,
 )
 
 SMALL = replace(DEFAULT, size=48)

@@ -17,30 +17,25 @@ from tqdm.auto import tqdm
 
 import detr_nb.muon as muon
 import detr_nb.training as chapter
-from detr_nb.data import Augmented, Batch, MemoryLoader, Preprocess, pad_images
+from detr_nb.config import config_text
+from detr_nb.data import Batch, Preprocess, pad_images
+from detr_nb.loading import Augmented, DataConfig, MemoryLoader, ShapesData, batches
 from detr_nb.losses import SetCriterion
-from detr_nb.model import detr_resnet18, detr_tiny
-from detr_nb.muon import Muon, orthogonalise
+from detr_nb.model import TinyModel, detr_resnet18, detr_tiny
+from detr_nb.optimizer import Muon, matrices, optimizer_groups, orthogonalise
+from detr_nb.runs import save_atomically
 from detr_nb.shapes import EASY
 from detr_nb.training import (
-    DataSource,
-    ShapesData,
-    TinyModel,
     TrainConfig,
-    batches,
     build_criterion,
-    config_text,
-    falling_weight,
+    create_run,
     fit,
-    matrices,
-    optimizer_groups,
+    geometric_decay,
     rate_factor,
     read_config,
-    save_atomically,
-    scale_now,
+    resize_batch,
+    scale_at,
     set_pace,
-    shrink,
-    start,
     train_step,
     train_until_done,
 )
@@ -51,7 +46,7 @@ CONFIG = TrainConfig(ShapesData(EASY, train_images=24, val_images=4), SMALL, ste
 
 
 @dataclass(frozen=True)
-class Cropped(DataSource):
+class Cropped(DataConfig):
     """Scenes of which training sees random parts."""
 
     def load(self):
@@ -177,9 +172,9 @@ def test_the_rate_rises_and_falls_and_never_leaves_its_range(progress, warmup):
 
 @given(progress=st.floats(0, 1), start=st.floats(0.1, 10), end=st.floats(0.1, 10))
 def test_the_weight_moves_by_equal_factors(progress, start, end):
-    middle = falling_weight(progress / 2, start, end)
-    assert middle**2 == pytest.approx(start * falling_weight(progress, start, end))
-    assert falling_weight(1, start, end) == pytest.approx(end)
+    middle = geometric_decay(progress / 2, start, end)
+    assert middle**2 == pytest.approx(start * geometric_decay(progress, start, end))
+    assert geometric_decay(1, start, end) == pytest.approx(end)
 
 
 def test_a_rate_of_zero_is_refused():
@@ -188,7 +183,7 @@ def test_a_rate_of_zero_is_refused():
 
 
 def test_the_pace_reaches_rates_and_loss(scenes):
-    run = start(replace(CONFIG, steps=4, weight_ce=4, final_weight_ce=1), scenes[0])
+    run = create_run(replace(CONFIG, steps=4, weight_ce=4, final_weight_ce=1), scenes[0])
     criterion = build_criterion(run.config, run.model)
     run.step = 2
     set_pace(run, criterion)
@@ -202,19 +197,19 @@ def test_the_pace_reaches_rates_and_loss(scenes):
 def test_a_shrunk_batch_keeps_its_targets_and_pads_the_same_part(scale, height, width):
     images = [torch.rand(3, y, x) for y, x in ((height, width), (40, 40))]
     batch = Batch(*pad_images(images), [{}, {}])
-    smaller = shrink(batch, scale)
+    smaller = resize_batch(batch, scale)
     assert smaller.images.shape[-2:] == smaller.pad.shape[-2:] == (round(40 * scale), round(40 * scale))
     assert smaller.targets is batch.targets
     share = (~smaller.pad[0]).float().mean()
     assert share == pytest.approx(height * width / 1600, abs=2.5 / (40 * scale))
-    flat = shrink(Batch(torch.full((1, 3, 40, 40), 0.3), batch.pad[:1], [{}]), scale)
+    flat = resize_batch(Batch(torch.full((1, 3, 40, 40), 0.3), batch.pad[:1], [{}]), scale)
     assert_close(flat.images, torch.full_like(flat.images, 0.3))
 
 
 def test_pictures_grow_over_the_run():
     scales = ((0.25, 0.5), (0.6, 0.75))
-    assert [scale_now(p, scales) for p in (0, 0.2, 0.25, 0.59, 0.6, 1)] == [0.5, 0.5, 0.75, 0.75, 1, 1]
-    assert scale_now(0, ()) == 1
+    assert [scale_at(p, scales) for p in (0, 0.2, 0.25, 0.59, 0.6, 1)] == [0.5, 0.5, 0.75, 0.75, 1, 1]
+    assert scale_at(0, ()) == 1
 
 
 # --- steps --------------------------------------------------------------------------------------------------------
@@ -242,7 +237,7 @@ def fit_until(config: TrainConfig, after: int) -> None:
         raise ConnectionError("the plug was pulled")
 
     train, val = config.data.load()
-    run = start(config, train)
+    run = create_run(config, train)
     stream = ends(batches(train.loader(config.batch_size, config.seed), run.step))
     with tqdm(disable=True) as bar:
         train_until_done(run, build_criterion(config, run.model), stream, val, bar)
@@ -382,7 +377,7 @@ def test_dropout_and_the_running_average_survive_a_stop(tmp_path):
 def test_memory_is_traded_without_changing_the_run(how):
     """Without batch norm, whose means are those of the part that it sees."""
     config = replace(CONFIG, data=CONFIG.data, model=TinyModel(dropout=0.0, hidden_dim=16, nheads=2), steps=2)
-    runs = [start(replace(config, **more), CONFIG.data.load()[0]) for more in ({}, how)]
+    runs = [create_run(replace(config, **more), CONFIG.data.load()[0]) for more in ({}, how)]
     batch = next(MemoryLoader(CONFIG.data.load()[0], 4, 0).epoch(0))
     gradients = []
     for run in runs:

@@ -17,8 +17,8 @@ from detr_nb.transformer import (
     EncoderLayer,
     FeedForward,
     QueryPosition,
+    Residual,
     StaticQueryPosition,
-    Step,
 )
 
 D, HEADS, HIDDEN = 16, 4, 24
@@ -298,7 +298,7 @@ def test_double_precision_gradients_are_right():
 # --- parts --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("pre_norm", [False, True])
 def test_step_by_the_formula(pre_norm):
-    step, x, matrix = Step(D, pre_norm=pre_norm), torch.randn(2, 3, D), torch.randn(D, D)
+    step, x, matrix = Residual(D, pre_norm=pre_norm), torch.randn(2, 3, D), torch.randn(D, D)
 
     def norm(t):
         return nn.functional.layer_norm(t, (D,))

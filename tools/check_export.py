@@ -1,7 +1,8 @@
 """Check that detr_nb/ is what the notebooks export, its packages included.
 
-The export is made in a temporary copy, so that the check changes nothing and needs no git. Written by hand is the
-`__init__.py` of each package; the export adds an empty one where there is none.
+The export is made in a temporary copy, so that the check changes nothing and needs no git. Written by hand are the
+`__init__.py` of each package (the export adds an empty one where there is none), and the modules that only forward the
+names of an earlier release.
 """
 
 import difflib
@@ -15,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "detr_nb"
 BY_HAND = "__init__.py"
+FORWARDS = ("muon.py",)
 
 
 def python_files(package: Path) -> set[Path]:
@@ -29,7 +31,8 @@ def export_copy(folder: Path) -> Path:
     shutil.copytree(ROOT / "nbs", folder / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     package = folder / PACKAGE
     package.mkdir()
-    shutil.copy(ROOT / PACKAGE / BY_HAND, package)
+    for name in (BY_HAND, *FORWARDS):
+        shutil.copy(ROOT / PACKAGE / name, package)
     tool = Path(sys.executable).with_name("nbdev_export")
     subprocess.run([str(tool)], cwd=folder, check=True, env=os.environ | {"PYTHONWARNINGS": "ignore"})
     return package
