@@ -8,6 +8,7 @@ __all__ = ['SMALLEST_AREA', 'cxcywh_to_xyxy', 'xyxy_to_cxcywh', 'xywh_to_xyxy', 
            'masks_to_boxes']
 
 # %% ../nbs/03_boxes.ipynb #cell-005
+#| code-fold: true
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
