@@ -122,8 +122,7 @@ def cardinality_error(
 
 # %% ../nbs/10_losses.ipynb #1cf0feed
 def named(name: str, values: Float[Tensor, " i"]) -> dict[str, Tensor]:
-    """The official names of a loss at every layer: plain for the last, `_0`, `_1`, ...
-    for the earlier ones."""
+    """Official names of a loss: plain for the last layer, `_0`, `_1`, ... before."""
     last = len(values) - 1
     return {
         name if i == last else f"{name}_{i}": value
@@ -433,8 +432,7 @@ def combine(
 
 # %% ../nbs/10_losses.ipynb #c188cafb
 def with_part(name: str, part: str) -> str:
-    """The name of a loss of an extra part: `loss_ce_0` of the part dn is
-    `loss_ce_dn_0`."""
+    """Name of a loss of an extra part: `loss_ce_0` of dn becomes `loss_ce_dn_0`."""
     stem, layer = re.fullmatch(r"(.*?)(_\d+)?", name).groups("")
     return f"{stem}_{part}{layer}"
 

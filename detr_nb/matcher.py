@@ -240,8 +240,7 @@ class HungarianMatcher:
 # %% ../nbs/09_matcher.ipynb #5be62bb9
 #| code-fold: true
 def explain_predictions(out: Output) -> str:
-    """Say where predictions are not finite and why that happens; empty if all are
-    finite."""
+    """Say where predictions are not finite, and likely causes; empty if all are."""
     for name, tensor in (("logits", out.logits), ("boxes", out.boxes)):
         bad = ~tensor.isfinite().flatten(2).all(2)  # i b
         if bad.any():
