@@ -8,6 +8,7 @@ __all__ = ['ROLES', 'weights_of', 'watching', 'attention_parts', 'cells_of', 'At
            'predict_layers', 'matched_queries', 'count_repeats', 'drop_repeats', 'switched_off']
 
 # %% ../nbs/13_insight.ipynb #e9ba732c
+#| code-fold: true
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -61,8 +62,7 @@ def watching(
 
     Yields:
         For each role what every forward pass looked at, in the order in which they
-            happen: weights (`b h q s`) of
-        dense attention, what `look` says of any other.
+        happen: weights (`b h q s`) of dense attention, what `look` says of any other.
     """
     seen = {role: [] for role in parts}
 
@@ -72,17 +72,14 @@ def watching(
 
     with ExitStack() as hooks:
         for role, modules in parts.items():
+            hook = partial(look, role)
             for part in modules:
-                hooks.enter_context(
-                    part.register_forward_pre_hook(
-                        partial(look, role), with_kwargs=True
-                    )
-                )
+                handle = part.register_forward_pre_hook(hook, with_kwargs=True)
+                hooks.enter_context(handle)
         yield seen
 
 # %% ../nbs/13_insight.ipynb #8e9bbf99
-# what looks at what: names of its modules in torch's transformer and in the authors'
-# models
+# names of what looks, in torch's transformer and in the authors' models
 ROLES = {
     "encoder": r"encoder\.layers\.\d+\.self_attn$",
     "queries": r"decoder\.layers\.\d+\.self_attn$",
@@ -100,22 +97,14 @@ def attention_parts(model: nn.Module) -> dict[str, list[nn.Module]]:
     Raises:
         ValueError: if no query looks at the image through a module that can be asked.
     """
-    found = {
-        name: part
-        for name, part in model.named_modules()
-        if isinstance(part, nn.MultiheadAttention)
-    }
+    torchs = nn.MultiheadAttention
+    found = {name: p for name, p in model.named_modules() if isinstance(p, torchs)}
     by_name = {
         role: [part for name, part in found.items() if re.search(names, name)]
         for role, names in ROLES.items()
     }
     roles = model.attentions() if hasattr(model, "attentions") else by_name
-    asked = [
-        part
-        for part in roles["cross"]
-        if hasattr(part, "look") or isinstance(part, nn.MultiheadAttention)
-    ]
-    if not asked:
+    if not any(hasattr(p, "look") or isinstance(p, torchs) for p in roles["cross"]):
         raise ValueError(
             f"no cross-attention in {type(model).__name__} can be asked what it looks"
             f" at (attention modules found: {', '.join(found) or 'none'}): give a whole"
@@ -170,6 +159,34 @@ class AttentionMaps(NamedTuple):
     out: Output
 
 # %% ../nbs/13_insight.ipynb #411f4599
+@contextmanager
+def collecting_cells(model: nn.Module) -> Iterator[list[tuple]]:
+    """While the block runs, collect what `cells_of` says of the cells of each pass."""
+    source = getattr(model, "memory", getattr(model, "conv", None))
+    if source is None:
+        raise ValueError(
+            f"{type(model).__name__} has no part called memory (or conv) that makes the"
+            " cells: give a whole DETR"
+        )
+    made = []
+
+    def note(part: nn.Module, inputs: tuple, answer: object) -> None:
+        made.append(cells_of(answer))
+
+    with source.register_forward_hook(note):
+        yield made
+
+
+def stacked(looks: list | None, model: nn.Module) -> Float[Tensor, "n b h q s"] | None:
+    """The weights of one role, layer by layer, on the CPU; None if there are none."""
+    if not all(isinstance(weights, Tensor) for weights in looks or ()):
+        raise ValueError(
+            f"{type(model).__name__} looks at points, not at all cells: collect them"
+            " and their weights with `watching`"
+        )
+    return torch.stack(looks).cpu() if looks else None
+
+# %% ../nbs/13_insight.ipynb #13a00008
 @torch.no_grad()
 def attention_maps(
     model: nn.Module,
@@ -196,41 +213,19 @@ def attention_maps(
         ValueError: if a role is unknown, or the model has no weights or no grid to
             show.
     """
-    parts, source = (
-        attention_parts(model),
-        getattr(model, "memory", getattr(model, "conv", None)),
-    )
-    if set(roles) - ROLES.keys() or source is None:
+    if set(roles) - ROLES.keys():
         raise ValueError(
-            f"roles are some of {', '.join(ROLES)}, got {', '.join(roles)}; and the"
-            " model needs a part called memory (or conv) that makes the cells"
+            f"roles are some of {', '.join(ROLES)}, got {', '.join(roles)}"
         )
-    made, device = [], next(model.parameters()).device
-    with ExitStack() as stack:
-        stack.enter_context(evaluation_mode(model))
-        stack.enter_context(
-            source.register_forward_hook(
-                lambda part, inputs, answer: made.append(cells_of(answer))
-            )
-        )
-        seen = stack.enter_context(watching({role: parts[role] for role in roles}))
-        told = {name: value.to(device) for name, value in more.items()}
+    parts, device = attention_parts(model), next(model.parameters()).device
+    told = {name: value.to(device) for name, value in more.items()}
+    asked = watching({role: parts[role] for role in roles})
+    with evaluation_mode(model), collecting_cells(model) as made, asked as seen:
         out = model(images.to(device), None if pad is None else pad.to(device), **told)
-    if not all(
-        isinstance(weights, Tensor) for looks in seen.values() for weights in looks
-    ):
-        raise ValueError(
-            f"{type(model).__name__} looks at points, not at all cells: collect them"
-            " and their weights with `watching`"
-        )
-    stacked = {
-        role: torch.stack(seen[role]).cpu() if seen.get(role) else None
-        for role in ROLES
-    }
     xy, hidden, grid = made[0]
-    return AttentionMaps(
-        **stacked, xy=xy.cpu(), pad=hidden.cpu(), grid=grid, out=out.apply(Tensor.cpu)
-    )
+    looks = {role: stacked(seen.get(role), model) for role in ROLES}
+    out = out.apply(Tensor.cpu)
+    return AttentionMaps(**looks, xy=xy.cpu(), pad=hidden.cpu(), grid=grid, out=out)
 
 # %% ../nbs/13_insight.ipynb #4d142dce
 def as_grid(
@@ -298,6 +293,7 @@ def attention_entropy(weights: Float[Tensor, "*n s"]) -> Float[Tensor, "*n"]:
     return torch.special.entr(weights).sum(-1)
 
 # %% ../nbs/13_insight.ipynb #558b7478
+#| code-fold: true
 @dataclass(frozen=True)
 class Filmed(ModelConfig):
     """A source of models, for `TrainConfig`, which keeps copies of the weights while
@@ -400,20 +396,12 @@ def predict_layers(
         Logits `i n q c` and boxes `i n q 4` of all n images, under the model's own
         labels, on the CPU; and the targets.
     """
-    make_batch, device, parts, truths = (
-        batch_maker(model),
-        next(model.parameters()).device,
-        [],
-        [],
-    )
+    make_batch, device = batch_maker(model), next(model.parameters()).device
+    parts, truths = [], []
     with evaluation_mode(model):
         for start in range(0, len(dataset), batch_size):
-            batch = make_batch(
-                [
-                    dataset[i]
-                    for i in range(start, min(start + batch_size, len(dataset)))
-                ]
-            )
+            places = range(start, min(start + batch_size, len(dataset)))
+            batch = make_batch([dataset[i] for i in places])
             out = model(**batch.to(device).inputs()).apply(Tensor.cpu)
             parts.append((out.logits, out.boxes))
             truths += batch.targets
@@ -431,16 +419,14 @@ def matched_queries(
         targets: one an image; their objects are counted through.
         matcher: DETR's own if left out.
     """
-    rows = [
-        [torch.full((len(target["labels"]),), -1) for target in targets]
-        for _ in out.logits
-    ]
-    for row, layer in zip(
-        rows, (matcher or HungarianMatcher())(out, targets), strict=True
-    ):
-        for place, (query, target) in zip(row, layer, strict=True):
+    matched = (matcher or HungarianMatcher())(out, targets)
+    sizes, rows = [len(target["labels"]) for target in targets], []
+    for layer in matched:
+        places = [torch.full((size,), -1) for size in sizes]
+        for place, (query, target) in zip(places, layer, strict=True):
             place[target] = query
-    return torch.stack([torch.cat(row) for row in rows])
+        rows.append(torch.cat(places))
+    return torch.stack(rows)
 
 # %% ../nbs/13_insight.ipynb #cc3e0255
 def count_repeats(
