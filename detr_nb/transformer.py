@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Step', 'FeedForward', 'CellAttention', 'EncoderLayer', 'Encoder', 'QueryPosition', 'DenseCrossAttention',
-           'QueryAttention', 'DecoderLayer', 'StaticQueryPosition', 'split_groups', 'Decoder']
+           'QueryAttention', 'DecoderLayer', 'StaticQueryPosition', 'Decoder']
 
 # %% ../nbs/07_transformer.ipynb #d17a1c37
+#| code-fold: true
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from .notation import Memory, Number, Output, Queries
 
 # %% ../nbs/07_transformer.ipynb #8b22ae34
 class Step(nn.Module):
-    """A residual step around a sublayer; the one place that knows pre-norm from
+    """A residual step around a sublayer; the only place that depends on pre-norm or
     post-norm.
 
     Args:
@@ -31,11 +32,8 @@ class Step(nn.Module):
 
     def __init__(self, d: int, dropout: Number = 0.0, pre_norm: bool = False):
         super().__init__()
-        self.norm, self.dropout, self.pre_norm = (
-            nn.LayerNorm(d),
-            nn.Dropout(dropout),
-            pre_norm,
-        )
+        self.norm, self.dropout = nn.LayerNorm(d), nn.Dropout(dropout)
+        self.pre_norm = pre_norm
 
     def extra_repr(self) -> str:
         """What a printed model shows of it."""
@@ -330,31 +328,20 @@ class StaticQueryPosition(nn.Module):
         return QueryPosition(pos, pos)
 
 # %% ../nbs/07_transformer.ipynb #1aee9aee
+#| code-fold: true
 def split_groups(out: Output, queries: Queries) -> Output:
-    """Put what belongs to training only aside, each part under its name in `extra`.
-
-    Args:
-        out: predictions of all queries.
-        queries: what the decoder started from; DETR has neither groups nor proposals:
-            its predictions stay.
-    """
-    extra = (
-        {}
-        if queries.proposals is None
-        else {"proposals": Output(*(part[None] for part in queries.proposals))}
-    )
+    """Put what belongs to training only aside, each part by its name in `extra`."""
+    extra = {}
+    if queries.proposals is not None:
+        extra["proposals"] = Output(*(part[None] for part in queries.proposals))
     rest = torch.ones(out.logits.shape[2], dtype=torch.bool)
     for group in queries.groups:
-        extra[group.name] = out.queries(group.part)._replace(
-            matches=group.matches, repeats=group.repeats
-        )
+        part = out.queries(group.part)
+        extra[group.name] = part._replace(matches=group.matches, repeats=group.repeats)
         rest[group.part] = False
-    answering = (
-        out.queries(rest.nonzero().flatten().to(out.logits.device))
-        if queries.groups
-        else out
-    )
-    return answering._replace(extra=extra)
+    if queries.groups:
+        out = out.queries(rest.nonzero().flatten().to(out.logits.device))
+    return out._replace(extra=extra)
 
 # %% ../nbs/07_transformer.ipynb #1aee9aef
 class Decoder(nn.Module):
