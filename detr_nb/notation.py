@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Number', 'expect_error', 'toy_image', 'Target', 'toy_targets', 'Prediction', 'Output', 'toy_output', 'Memory',
-           'QueryGroup', 'Queries', 'check_exercise']
+           'QueryGroup', 'Queries', 'check_exercise', 'format_list', 'moved_names', 'forward_names']
 
 # %% ../nbs/00_notation.ipynb #cell-006
 #| code-fold: true
