@@ -145,7 +145,7 @@ def svg_text(x: float, y: int, words: str, size: int, **more: str) -> str:
 def svg_box(box: Box, lit: bool, link: str) -> str:
     """One box, which leads to its chapter: number and noun, and what it answers if it has a place."""
     name, middle = f"{box.chapter.number} {box.chapter.noun.replace('_', ' ')}", box.x + WIDTH / 2
-    lines = svg_text(middle, box.y + 18, name, 11 if len(name) < 15 else 10, font_weight="bold")
+    lines = svg_text(middle, box.y + 18, name, 11 if len(name) < 14 else 10, font_weight="bold")
     if box.chapter.module in PLACES:
         lines += svg_text(middle, box.y + 33, PLACES[box.chapter.module].answers, 10)
     here = ' class="here" aria-current="location"' if lit else ""
