@@ -227,5 +227,10 @@ def test_a_new_chapter_is_drawn_on_every_page_and_no_page_is_executed_again(tmp_
 
     drawing = tmp_path / "book" / "_ext" / "chapter_map.py"
     drawing.write_text(drawing.read_text("utf8").replace("who finds what", "who takes what"))
-    build(tmp_path)
-    assert all("who takes what" in page.read_text("utf8") for page in pages)
+    paths = tmp_path / "book" / "_ext" / "reading.py"
+    paths.write_text(paths.read_text("utf8").replace("Implementer", "Builder"))
+    said = build(tmp_path)
+    assert "executed in" not in said
+    for page, place in zip(pages, ("1 of 2, next", "2 of 2, the last page"), strict=True):
+        text = page.read_text("utf8")
+        assert "who takes what" in text and f">Builder</a>: {place}" in text
