@@ -191,15 +191,6 @@ def test_a_chapter_checks_the_types_of_the_library_and_of_its_own_cells(path):
     assert folded.index("install_import_hook(") < (folded + "detr_nb.").index("detr_nb."), "the hook comes too late"
 
 
-def test_the_front_page_and_the_chapters_agree_on_the_minutes():
-    front = (ROOT / "book" / "index.md").read_text("utf8")
-    rows = dict(re.findall(r"^\| \[[^]]*\]\(\.\./(nbs/[\w/]+)\) \|.*\| (\d+) \|$", front, re.M))
-    said = {name_of(path): re.search(r"ime:\*+ (?:about )?(\d+) minutes", prose(path)) for path in NOTEBOOKS}
-    timed = {name.removesuffix(".ipynb"): match[1] for name, match in said.items() if match}
-    assert timed == rows
-    assert 17 < sum(map(int, rows.values())) / 60 < 18 and "Between seventeen and eighteen hours" in front
-
-
 # --- the library --------------------------------------------------------------------------------------------------
 # Tensors whose annotation names no shape, and why.
 SHAPELESS = {
