@@ -63,10 +63,8 @@ def confusion_matrix(
     matrix = np.zeros((classes + 1, classes + 1), int)
     for seen in map(match_image, targets, detections):
         shown = seen.scores >= min_score
-        owner, labels = (
-            match(seen.overlap[shown], np.array([float(threshold)]))[0],
-            seen.labels[shown],
-        )
+        owner = match(seen.overlap[shown], np.array([float(threshold)]))[0]
+        labels = seen.labels[shown]
         hit, invented = owner >= 0, (owner < 0) & (seen.in_crowd[shown] < threshold)
         np.add.at(matrix, (seen.truth[owner[hit]], labels[hit]), 1)
         np.add.at(matrix, (classes, labels[invented]), 1)
@@ -80,8 +78,7 @@ ERRORS = ("class", "localisation", "both", "duplicate", "background", "missed")
 def sort_errors(
     seen: ImageMatches, threshold: Number, background: Number
 ) -> tuple[Shaped[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """The kind of every detection of an image, and the target that it found or nearly
-    found (-1: none)."""
+    """Each detection's kind, and the target that it (nearly) found; -1: none."""
     # something to take the maximum of when there is no target
     edge = np.full((len(seen.labels), 1), -1.0)
     same = seen.labels[:, None] == seen.truth
@@ -135,10 +132,8 @@ def error_table(
     """Sort the detections of a dataset into kinds."""
     rows, first = [], 0
     for seen in map(match_image, targets, detections):
-        shown, parts = (
-            seen.scores >= min_score,
-            ("scores", "labels", "overlap", "in_crowd"),
-        )
+        shown = seen.scores >= min_score
+        parts = ("scores", "labels", "overlap", "in_crowd")
         seen = seen._replace(**{name: getattr(seen, name)[shown] for name in parts})
         kind, about = sort_errors(seen, threshold, background)
         rows.append(

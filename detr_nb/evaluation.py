@@ -71,7 +71,7 @@ def average_precision(
 # %% ../nbs/11_evaluation.ipynb #72e6afbf
 COCO_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 
-
+# %% ../nbs/11_evaluation.ipynb #a513bc26
 def match(
     overlap: Float[np.ndarray, "n t"], thresholds: Float[np.ndarray, " k"]
 ) -> Int[np.ndarray, "k n"]:
@@ -86,10 +86,8 @@ def match(
         For each threshold the target that each detection takes, or -1. Of equal
         overlaps the last is taken, as pycocotools does.
     """
-    owner, every = (
-        np.full((len(thresholds), len(overlap)), -1),
-        np.arange(len(thresholds)),
-    )
+    owner = np.full((len(thresholds), len(overlap)), -1)
+    every = np.arange(len(thresholds))
     free = np.ones((len(thresholds), overlap.shape[1]), bool)
     for n, row in enumerate(overlap if overlap.size else ()):
         value = np.where(free, row, -1.0)[:, ::-1]
@@ -140,7 +138,8 @@ class ImageMatches(NamedTuple):
     overlap: Float[np.ndarray, "n t"]
     in_crowd: Float[np.ndarray, " n"]
 
-
+# %% ../nbs/11_evaluation.ipynb #db664299
+#| code-fold: true
 def crowd_share(
     boxes_xyxy: Float[Tensor, "n 4"],
     labels: Int[Tensor, " n"],
@@ -159,11 +158,9 @@ def crowd_share(
 def match_image(target: Target, found: Detections) -> ImageMatches:
     """Sort the detections of one image and measure how they overlap the targets."""
     order = found["scores"].argsort(descending=True, stable=True)
-    boxes, labels, truth = (
-        found["boxes"][order].double(),
-        found["labels"][order],
-        boxes_in_pixels(target),
-    )
+    boxes = found["boxes"][order].double()
+    labels = found["labels"][order]
+    truth = boxes_in_pixels(target)
     crowd = target.get("crowd", torch.zeros(len(truth), dtype=torch.bool))
     in_crowd = crowd_share(boxes, labels, truth[crowd], target["labels"][crowd])
     overlap = pairwise_iou(boxes, truth[~crowd])
@@ -205,7 +202,8 @@ def judge_image(
     correct = match(np.where(same, seen.overlap, -1.0), thresholds) >= 0
     return correct, correct | (seen.in_crowd < thresholds[:, None])
 
-
+# %% ../nbs/11_evaluation.ipynb #40b20d2b
+#| code-fold: true
 def evaluate_detections(
     targets: Sequence[Target],
     detections: Sequence[Detections],
@@ -234,8 +232,7 @@ def ap_table(
     classes: int,
     thresholds: Float[np.ndarray, " k"] = COCO_THRESHOLDS,
 ) -> Float[np.ndarray, "k c"]:
-    """AP of every class at every IoU threshold, from scratch; NaN for a class without
-    objects.
+    """AP of every class at every IoU threshold; NaN for a class without objects.
 
     Args:
         targets: truth of every image, with `size`.
@@ -249,9 +246,8 @@ def ap_table(
     for k, c in np.ndindex(*table.shape):
         if count := int((judged.truth == c).sum()):
             chosen = (judged.labels == c) & judged.counted[k]
-            table[k, c] = average_precision(
-                *precision_recall(judged.correct[k, chosen], count)
-            )
+            curve = precision_recall(judged.correct[k, chosen], count)
+            table[k, c] = average_precision(*curve)
     return table
 
 # %% ../nbs/11_evaluation.ipynb #c0c00b1e
@@ -265,7 +261,8 @@ def coco_segmentation(mask: Tensor) -> dict:
         "counts": runs["counts"].decode("ascii"),
     }
 
-
+# %% ../nbs/11_evaluation.ipynb #a659d040
+#| code-fold: true
 def coco_objects(
     target: Target, image_id: int, category_ids: Sequence[int]
 ) -> list[dict]:
@@ -323,24 +320,20 @@ def coco_results(
     if not detections:
         return []
     counts = [len(found["scores"]) for found in detections]
-    image = np.repeat(
-        np.arange(len(detections)) if image_ids is None else np.asarray(image_ids),
-        counts,
-    )
-    scores, labels, boxes = (
-        torch.cat([found[key] for found in detections])
-        for key in ("scores", "labels", "boxes")
-    )
-    category = np.asarray(category_ids)[labels.numpy()]
-    columns = (
-        image.tolist(),
-        xyxy_to_xywh(boxes.double()).tolist(),
-        scores.tolist(),
-        category.tolist(),
-    )
+    images = range(len(detections)) if image_ids is None else image_ids
+    image = np.repeat(np.asarray(images), counts).tolist()
+    joined = {
+        key: torch.cat([found[key] for found in detections])
+        for key in detections[0]
+        if key in ("scores", "labels", "boxes")
+    }
+    category = np.asarray(category_ids)[joined["labels"].numpy()].tolist()
+    boxes = xyxy_to_xywh(joined["boxes"].double()).tolist()
     return [
         {"image_id": i, "bbox": b, "score": s, "category_id": c}
-        for i, b, s, c in zip(*columns, strict=True)
+        for i, b, s, c in zip(
+            image, boxes, joined["scores"].tolist(), category, strict=True
+        )
     ]
 
 # %% ../nbs/11_evaluation.ipynb #d25e9bf0
@@ -434,7 +427,8 @@ def check_labels(
             " ids first"
         )
 
-
+# %% ../nbs/11_evaluation.ipynb #509eed1f
+#| code-fold: true
 def check_pairs(
     targets: Sequence[Target], detections: Sequence[Detections], classes: int
 ) -> None:
@@ -561,7 +555,12 @@ def detect(model: nn.Module, batch: Batch, to_detections: Detect) -> list[Detect
         )
     ]
 
+# %% ../nbs/11_evaluation.ipynb #0c2ea259
+def with_size(image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    """The sample; a target that has no size has that of its image."""
+    return image, {"size": tuple(image.shape[-2:]), **target}
 
+# %% ../nbs/11_evaluation.ipynb #21811391
 def predict_with_truth(
     model: nn.Module,
     dataset: object,
@@ -573,20 +572,12 @@ def predict_with_truth(
     """Give truth and detections of every image of a dataset, or of some, under the
     dataset's labels."""
     to_detections = to_detections or way_out(model)
-    source, make_batch = (
-        getattr(model, "category_ids", None),
-        collate or batch_maker(model),
-    )
+    source = getattr(model, "category_ids", None)
+    make_batch = collate or batch_maker(model)
     places = range(len(dataset)) if places is None else places
     for start in range(0, len(places), batch_size):
         chosen = places[start : start + batch_size]
-        items = [dataset[i] for i in chosen]
-        batch = make_batch(
-            [
-                (image, {"size": tuple(image.shape[-2:]), **target})
-                for image, target in items
-            ]
-        )
+        batch = make_batch([with_size(*dataset[i]) for i in chosen])
         with evaluation_mode(model):
             rows = detect(model, batch, to_detections)
         for place, target, row in zip(chosen, batch.targets, rows, strict=True):
@@ -625,7 +616,7 @@ def predict(
         )
     ]
 
-
+# %% ../nbs/11_evaluation.ipynb #7d6d958b
 def evaluate(
     model: nn.Module,
     dataset: object,
@@ -661,12 +652,8 @@ def evaluate(
         predict_with_truth(model, dataset, batch_size, to_detections, collate, places)
     )
     if team:
-        pairs = [
-            pair
-            for _, pair in sorted(
-                gather_object(list(zip(places, pairs, strict=True))), key=itemgetter(0)
-            )
-        ]
+        numbered = gather_object(list(zip(places, pairs, strict=True)))
+        pairs = [pair for _, pair in sorted(numbered, key=itemgetter(0))]
     targets, detections = [target for target, _ in pairs], [found for _, found in pairs]
     return coco_evaluate(targets, detections, dataset.names, dataset.category_ids)
 
