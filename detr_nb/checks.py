@@ -129,7 +129,7 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 # %% ../nbs/82_checks.ipynb #aacabb8a
 class Record(NamedTuple):
-    """One image's entry as somebody wrote it, before anything is mended.
+    """One image's entry as somebody wrote it, before anything is repaired.
 
     Attributes:
         image: the picture's file; None if the picture is in memory.
