@@ -182,10 +182,11 @@ def test_a_chapter_ends_with_recap_exercises_and_next(path):
     text = prose(path)
     assert re.findall(r"^## (Recap|Exercises|Next)$", text, re.M) == ["Recap", "Exercises", "Next"]
     assert 3 <= len(re.findall(r"^- ", section(text, "Recap"), re.M)) <= 6
-    exercises = set(re.findall(r"^(?:\*\*)?(\d)\. ", section(text, "Exercises"), re.M))
-    assert exercises in [set("123"), set("1234"), set("12345")]
+    exercises = "".join(sorted(set(re.findall(r"^(?:\*\*)?(\d)\. ", section(text, "Exercises"), re.M))))
+    least = 3 if NUMBERS[module_of(path)] < 19 else 1  # a page for users and the workshop have one at least
+    assert exercises in ["1", "12", "123", "1234", "12345"] and len(exercises) >= least
     if path.stem != "00_notation":  # whose short answers are folded away on its own page
-        assert set(re.findall(r"^## (\d)\.", prose(solutions_of(path)), re.M)) == exercises
+        assert set(re.findall(r"^## (\d)\.", prose(solutions_of(path)), re.M)) == set(exercises)
 
 
 # The training chapter reads its own clock, so it checks the library and not its own cells.
