@@ -6,10 +6,9 @@
 __all__ = ['render_scenes']
 
 # %% ../nbs/83_cache.ipynb #7e29cf81
-import ast
 import hashlib
-import inspect
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -24,7 +23,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from .notation import Target
-from .shapes import SHAPES, Scenes, make_scene, unpack_scene
+from .shapes import DEFAULT, EASY, HARD, Scenes, make_scene, unpack_scene
 
 # %% ../nbs/83_cache.ipynb #bd83f437
 def count_workers(wanted: int | None) -> int:
@@ -52,59 +51,49 @@ def draw_scenes(
         for index, scene in enumerate(pool.map(draw, range(len(scenes)), chunksize=32)):
             yield unpack_scene(scene, index, scenes.masks)
 
-# %% ../nbs/83_cache.ipynb #b9b1cdc1
-def drawing_source() -> str:
-    """Source of `make_scene`, of `unpack_scene`, and of every function that they call
-    by its name."""
-    todo, found = [make_scene, unpack_scene], {}
-    while todo:
-        function = inspect.unwrap(todo.pop())
-        if function.__name__ not in found:
-            source = found[function.__name__] = inspect.getsource(function)
-            words = {
-                node.id
-                for node in ast.walk(ast.parse(source))
-                if isinstance(node, ast.Name)
-            }
-            todo += [
-                globals()[word]
-                for word in words
-                if inspect.isfunction(globals().get(word))
-            ]
-    return "\n".join(found[name] for name in sorted(found))
-
 # %% ../nbs/83_cache.ipynb #5d544b5f
+# One more whenever the same series gives other pixels, boxes or files than before.
+DRAWING = 1
+
+
 def series_key(scenes: Scenes) -> str:
-    """A name for a series that changes with whatever could change one of its pixels."""
-    digest = hashlib.sha256(
-        repr((scenes.config, scenes.count, scenes.seed, scenes.masks)).encode()
-    )
-    digest.update(drawing_source().encode())
-    digest.update(
-        b"".join(
-            contour.tobytes() for contours in SHAPES.values() for contour in contours
-        )
-    )
-    digest.update(f"{np.__version__} {PIL.__version__}".encode())
+    """A name for a series that changes with whatever decides what its files hold."""
+    series = (scenes.config, scenes.count, scenes.seed, scenes.masks)
+    versions = (DRAWING, np.__version__, PIL.__version__)
+    return hashlib.sha256(repr((series, versions)).encode()).hexdigest()[:16]
+
+# %% ../nbs/83_cache.ipynb #b9b1cdc1
+# What version 1 draws, by version of Pillow: the two that were tried.
+FINGERPRINTS = {"10.4.0": "cba91583860f8e7b", "13.0.0": "377d4db75361c981"}
+
+
+def drawing_fingerprint() -> str:
+    """A digest of every pixel, label, box and mask of two scenes of each level."""
+    digest = hashlib.sha256()
+    for config in (EASY, DEFAULT, HARD):
+        for image, target in Scenes(config, 2, seed=0, masks=True):
+            for part in (image, target["labels"], target["boxes"], target["masks"]):
+                digest.update(part.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 # %% ../nbs/83_cache.ipynb #d8abcae4
+Pictures = UInt8[Tensor, "n 3 y x"]
+PACKED = ("labels", "boxes")  # and masks, if asked for
+
+
 def pack_targets(targets: Sequence[Target], masks: bool) -> dict[str, Tensor]:
     """The targets of a series as a few long tensors, which are read much faster than
     thousands of short ones."""
-    fields = ("labels", "boxes", "masks") if masks else ("labels", "boxes")
+    fields = (*PACKED, "masks") if masks else PACKED
     packed = {
         field: torch.cat([target[field] for target in targets])
         for field in fields
         if targets
     }
-    return packed | {
-        "counts": torch.tensor(
-            [len(target["labels"]) for target in targets], dtype=torch.int64
-        )
-    }
+    counts = [len(target["labels"]) for target in targets]
+    return packed | {"counts": torch.tensor(counts, dtype=torch.int64)}
 
-
+# %% ../nbs/83_cache.ipynb #e1e3b706
 def unpack_targets(packed: dict[str, Tensor], size: int) -> list[Target]:
     """The way back from `pack_targets` for square scenes of the given side."""
     counts = packed["counts"].tolist()
@@ -143,17 +132,52 @@ def write_cache(
         os.replace(images_part, images_file)
         os.replace(targets_part, targets_file)
 
+# %% ../nbs/83_cache.ipynb #57dac123
+def read_cache(
+    scenes: Scenes, images_file: Path, targets_file: Path
+) -> tuple[Pictures, list[Target]]:
+    """The two files of a series; the images are read from the disk as they are
+    needed."""
+    # "c" is copy-on-write: edits do not reach the file
+    images = torch.from_numpy(np.load(images_file, mmap_mode="c"))
+    packed = torch.load(targets_file, weights_only=True)
+    return images, unpack_targets(packed, scenes.config.size)
+
+# %% ../nbs/83_cache.ipynb #f4c7f52c
+def still_drawn(scenes: Scenes, images: Pictures, targets: Sequence[Target]) -> bool:
+    """Does today's code draw the first, the middle and the last scene as they lie?"""
+    for index in {0, len(scenes) // 2, len(scenes) - 1} if len(scenes) else ():
+        image, target = scenes[index]
+        pairs = [(image, images[index])]
+        pairs += [(target[field], targets[index][field]) for field in PACKED]
+        if not all(torch.equal(today, saved) for today, saved in pairs):
+            return False
+    return True
+
+# %% ../nbs/83_cache.ipynb #64b711b3
+def render_in_memory(
+    scenes: Scenes, workers: int | None
+) -> tuple[Pictures, list[Target]]:
+    """Draw a series into one tensor."""
+    sides, targets = [scenes.config.size] * 2, []
+    images = torch.empty(len(scenes), 3, *sides, dtype=torch.uint8)
+    for index, (image, target) in enumerate(draw_scenes(scenes, workers)):
+        images[index] = image
+        targets.append(target)
+    return images, targets
+
 # %% ../nbs/83_cache.ipynb #98488e1e
 def render_scenes(
     scenes: Scenes, folder: Path | str | None = None, workers: int | None = None
-) -> tuple[UInt8[Tensor, "n 3 y x"], list[Target]]:
+) -> tuple[Pictures, list[Target]]:
     """Draw a whole series once, so that training reads it from memory.
 
     Args:
         scenes: the series.
         folder: where drawn series are kept. One that lies there already is opened, not
-            drawn: its images are then read from the file as they are needed. Any change
-            of the series or of the drawing code makes a new one.
+            drawn: its images are then read from the file as they are needed. Another
+            series has another file; one that the drawing code would draw otherwise
+            today is drawn again, with a warning.
         workers: processes that draw; by default one for each core. Where processes are
             not forked, a script that draws with more than one needs Python's usual `if
             __name__ == "__main__":`.
@@ -165,21 +189,18 @@ def render_scenes(
         OSError: if the folder cannot be written; nothing is left there.
     """
     if folder is None:
-        images, targets = (
-            torch.empty(len(scenes), 3, *[scenes.config.size] * 2, dtype=torch.uint8),
-            [],
+        return render_in_memory(scenes, workers)
+    stem = Path(folder) / series_key(scenes)
+    files = (stem.with_suffix(".npy"), stem.with_suffix(".pt"))
+    if all(file.exists() for file in files):
+        saved = read_cache(scenes, *files)
+        if still_drawn(scenes, *saved):
+            return saved
+        del saved  # a file that is open cannot be replaced everywhere
+        warnings.warn(
+            f"{files[0]}: today's code draws other pictures, so this series is drawn"
+            " again; add 1 to DRAWING in chapter 83",
+            stacklevel=2,
         )
-        for index, (image, target) in enumerate(draw_scenes(scenes, workers)):
-            images[index] = image
-            targets.append(target)
-        return images, targets
-    images_file, targets_file = (
-        Path(folder) / f"{series_key(scenes)}.{end}" for end in ("npy", "pt")
-    )
-    if not (images_file.exists() and targets_file.exists()):
-        write_cache(scenes, images_file, targets_file, workers)
-    # c: who writes into them never changes the file
-    images = torch.from_numpy(np.load(images_file, mmap_mode="c"))
-    return images, unpack_targets(
-        torch.load(targets_file, weights_only=True), scenes.config.size
-    )
+    write_cache(scenes, *files, workers)
+    return read_cache(scenes, *files)
