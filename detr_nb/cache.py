@@ -23,9 +23,8 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from . import shapes
 from .notation import Target
-from .shapes import Scenes, make_scene, unpack_scene
+from .shapes import DEFAULT, EASY, HARD, Scenes, make_scene, unpack_scene
 
 # %% ../nbs/83_cache.ipynb #bd83f437
 def count_workers(wanted: int | None) -> int:
@@ -72,7 +71,7 @@ FINGERPRINTS = {"10.4.0": "cba91583860f8e7b", "13.0.0": "377d4db75361c981"}
 def drawing_fingerprint() -> str:
     """A digest of every pixel, label, box and mask of two scenes of each level."""
     digest = hashlib.sha256()
-    for config in (shapes.EASY, shapes.DEFAULT, shapes.HARD):
+    for config in (EASY, DEFAULT, HARD):
         for image, target in Scenes(config, 2, seed=0, masks=True):
             for part in (image, target["labels"], target["boxes"], target["masks"]):
                 digest.update(part.numpy().tobytes())
