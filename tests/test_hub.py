@@ -20,7 +20,6 @@ from torchvision.transforms.v2 import functional as tv
 
 import detr_nb
 from detr_nb.backbone import ResNet, TinyBackbone
-from detr_nb.checkpoints import PUBLISHED
 from detr_nb.data import IMAGENET_MEAN, IMAGENET_STD, Preprocess, normalise
 from detr_nb.finetuning import replace_head, resize_queries
 from detr_nb.formats import VocDataset
@@ -39,7 +38,12 @@ from detr_nb.model import (
 )
 from detr_nb.notation import Output
 from detr_nb.positions import LearnedPositions
-from detr_nb.pretrained import load_pretrained, predict_image, pretrained_model
+from detr_nb.pretrained import (
+    PUBLISHED,
+    load_pretrained,
+    predict_image,
+    pretrained_model,
+)
 from detr_nb.runs import Run, save_run
 from detr_nb.shapes import DEFAULT, Scenes
 from detr_nb.training import TrainConfig, create_run

@@ -21,7 +21,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import detr_nb
 from detr_nb.backbone import ResNet
-from detr_nb.checkpoints import PUBLISHED, read_checkpoint
+from detr_nb.checkpoints import read_checkpoint
 from detr_nb.export import LastLayer, export_onnx, export_program
 from detr_nb.finetuning import replace_head, resize_queries
 from detr_nb.loading import ShapesData
@@ -41,7 +41,7 @@ from detr_nb.model import (
 from detr_nb.notation import Output, Target
 from detr_nb.optimizer import freeze, rate_groups
 from detr_nb.positions import LearnedPositions
-from detr_nb.pretrained import COCO_NAMES, load_pretrained
+from detr_nb.pretrained import COCO_NAMES, PUBLISHED, load_pretrained
 from detr_nb.runs import Run, save_run
 from detr_nb.training import TrainConfig
 
