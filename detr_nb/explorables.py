@@ -239,7 +239,7 @@ def rounded(numbers: Float[Tensor, "..."], digits: int = 4) -> list:
     """Numbers as nested lists, short enough for a page."""
     return np.round(numbers.detach().cpu().numpy().astype(float), digits).tolist()
 
-
+# %% ../nbs/91_explorables.ipynb #286792c6
 @torch.no_grad()
 def record_scene(
     model: nn.Module, image: UInt8[Tensor, "3 y x"], target: Target

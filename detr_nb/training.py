@@ -235,7 +235,7 @@ class TrainConfig(Config):
     evaluations: Amount = 5
     bf16: bool = False
     compile: bool = False
-    activation_checkpointing: bool = False
+    recompute: bool = False
     seed: int = 0
     skip_not_finite: Amount = 0
     folder: str = ""
