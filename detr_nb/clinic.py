@@ -13,7 +13,7 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -138,9 +138,12 @@ def padded_by_own(
         factors += [(width / own[1], height / own[0]) for own in part]
     return factors
 
-# %% ../nbs/16_clinic.ipynb #8d9cb7c6
+# %% ../nbs/16_clinic.ipynb #ef347cf6
 def neighbour_boxes(
-    model: nn.Module, make_batch: Callable, image: Tensor, target: Target
+    model: nn.Module,
+    make_batch: Callable,
+    image: Shaped[Tensor, "3 y x"],
+    target: Target,
 ) -> list[Tensor]:
     """The surest boxes of a picture alone, beside a larger blank one, and there again
     with its padding called picture."""
