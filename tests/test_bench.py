@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import detr_nb.bench as module
+import detr_nb.measuring as measuring
 from detr_nb.bench import (
     COMPARISONS,
-    HF,
     Bench,
     Growth,
     MemoryCase,
@@ -25,12 +25,10 @@ from detr_nb.bench import (
     compare_evaluation,
     compare_matching,
     compare_memory,
-    compare_peers,
     exponent,
     growth,
     match_layer_by_layer,
     matching_problem,
-    ours,
     training_memory_mb,
     waiting_share,
 )
@@ -44,11 +42,14 @@ from detr_nb.measuring import (
     table,
 )
 from detr_nb.peers import (
+    HF,
     MissingPeerError,
     Peer,
+    compare_peers,
     faster_rcnn,
     hugging_face,
     inference,
+    ours,
     random_batch,
     training_step,
 )
@@ -68,8 +69,8 @@ def test_rounds_are_interleaved_and_the_warm_up_does_not_count():
 
 def test_the_clock_waits_for_the_device_before_and_after(monkeypatch):
     events = []
-    monkeypatch.setattr(module, "wait", lambda: events.append("wait"))
-    module.seconds_of(lambda: events.append("work"))
+    monkeypatch.setattr(measuring, "wait", lambda: events.append("wait"))
+    measuring.seconds_of(lambda: events.append("work"))
     assert events == ["wait", "work", "wait"]
 
 
