@@ -99,7 +99,7 @@ def attention_parts(model: nn.Module) -> dict[str, list[nn.Module]]:
         raise ValueError(
             f"no cross-attention in {type(model).__name__} can be asked what it looks"
             f" at (attention modules found: {', '.join(found) or 'none'}): give a whole"
-            " DETR, or watch its parts yourself with `watching`"
+            " DETR, or watch its parts yourself with `capture_attention`"
         )
     return roles
 
@@ -112,7 +112,7 @@ def cells_of(
         if len(made.shapes) != 1:
             raise ValueError(
                 f"the memory has {len(made.shapes)} grids, {made.shapes}: weights over"
-                " them are no one picture; collect them with `watching`, and cut them"
+                " them are no one picture; collect them with `capture_attention`, and cut them"
                 " at the levels"
             )
         return made.xy, made.pad, made.shapes[0]
@@ -166,7 +166,7 @@ def stacked(looks: list | None, model: nn.Module) -> Float[Tensor, "n b h q s"] 
     if not all(isinstance(weights, Tensor) for weights in looks or ()):
         raise ValueError(
             f"{type(model).__name__} looks at points, not at all cells: collect them"
-            " and their weights with `watching`"
+            " and their weights with `capture_attention`"
         )
     return torch.stack(looks).cpu() if looks else None
 
