@@ -214,6 +214,12 @@ class Head(nn.Module):
         """The last linear maps."""
         return [self.classes, self.boxes[-1]]
 
+# %% ../nbs/08_model.ipynb #08f00017
+#| code-fold: true
+def parts_of(module: nn.Module, *kinds: type[nn.Module]) -> list[nn.Module]:
+    """The parts of some kinds, in order."""
+    return [part for part in module.modules() if isinstance(part, kinds)]
+
 # %% ../nbs/08_model.ipynb #534bf0d9
 class DETR(nn.Module, HubMixin):
     """Images in, a set of classes and boxes out (Carion et al. 2020, figure 2).
@@ -254,13 +260,8 @@ class DETR(nn.Module, HubMixin):
         config: ModelConfig | None = None,
     ):
         super().__init__()
-        self.memory, self.encoder, self.queries, self.decoder, self.masks = (
-            memory,
-            encoder,
-            queries,
-            decoder,
-            masks,
-        )
+        self.memory, self.encoder, self.queries = memory, encoder, queries
+        self.decoder, self.masks = decoder, masks
         self.scores, self.boxes = scores or SoftmaxScores(), boxes or PlaneBoxes()
         self.aux_loss, self.config = aux_loss, config
         self.names: Sequence[str] | None = None
@@ -332,22 +333,14 @@ class DETR(nn.Module, HubMixin):
     def blocks(self) -> list[nn.Module]:
         """The parts of a forward pass, one after the other: stages of the backbone, and
         layers."""
-        layers = [
-            part
-            for part in self.modules()
-            if isinstance(part, EncoderLayer | DecoderLayer)
-        ]
+        layers = parts_of(self, EncoderLayer, DecoderLayer)
         return [*self.backbone.blocks(), *layers]
 
     def attentions(self) -> dict[str, list[nn.Module]]:
         """What looks at what, in the order of the layers; each module answers `look`,
         asked as its `forward`."""
-        encoder = [
-            part for part in self.encoder.modules() if isinstance(part, EncoderLayer)
-        ]
-        decoder = [
-            part for part in self.decoder.modules() if isinstance(part, DecoderLayer)
-        ]
+        encoder = parts_of(self.encoder, EncoderLayer)
+        decoder = parts_of(self.decoder, DecoderLayer)
         return {
             "encoder": [layer.attention for layer in encoder],
             "queries": [layer.attention for layer in decoder],
@@ -384,22 +377,16 @@ def postprocess(
             f"{out.boxes.shape[1]} images need as many (height, width) sizes, got"
             f" {len(sizes)}"
         )
-    chosen, rule, found = (
-        (scores or SoftmaxScores()).select(out.logits[-1].float()),
-        boxes or PlaneBoxes(),
-        [],
-    )
+    chosen = (scores or SoftmaxScores()).select(out.logits[-1].float())
+    rule, found = boxes or PlaneBoxes(), []
     for image, size in enumerate(sizes):
         score, labels, queries = (part[image] for part in chosen)
-        decoded, keep = rule.decode(
-            out.boxes[-1, image].float()[queries], tuple(map(int, size))
-        )
+        raw = out.boxes[-1, image].float()[queries]
+        decoded, keep = rule.decode(raw, tuple(map(int, size)))
         row = {"scores": score[keep], "labels": labels[keep], "boxes": decoded[keep]}
-        found.append(
-            row
-            if out.masks is None
-            else {**row, "masks": out.masks[image][queries[keep]]}
-        )
+        if out.masks is not None:
+            row["masks"] = out.masks[image][queries[keep]]
+        found.append(row)
     return found
 
 # %% ../nbs/08_model.ipynb #24284321
