@@ -294,7 +294,7 @@ STRANGE = {
     learned_positions: "memory.positions is LearnedPositions", other_heads: "decoder.layers.1.cross.attention is",
     other_norm: "encoder.layers.0.feed_step.norm is", other_activation: "decoder.layers.1.feed_forward.1 is",
     other_kind: "the model is Other", other_scores: "scores is", one_part_more: "memory.extra is",
-    one_layer_after_the_norm: "decoder.layers.1.attention_step is Step(pre_norm=True) where",
+    one_layer_after_the_norm: "decoder.layers.1.attention_step is Residual(pre_norm=True) where",
     a_deeper_class_head: "decoder.head.classes is Sequential", other_backbone: "memory.backbone is Conv2d",
     other_stage: "memory.backbone.body.layer4",
 }
@@ -434,7 +434,7 @@ def test_a_model_comes_from_the_hub_by_its_id(folder, tmp_path, monkeypatch):
 
 def test_options_reach_the_hub(folder, monkeypatch):
     seen = {}
-    monkeypatch.setattr("detr_nb.model.snapshot_download", lambda name, **options: seen.update(options) or str(folder))
+    monkeypatch.setattr("detr_nb.hub.snapshot_download", lambda name, **options: seen.update(options) or str(folder))
     DETR.from_pretrained("somebody/shapes", revision="v2", token="secret")
     assert seen["revision"] == "v2" and seen["token"] == "secret"
     assert "model*.safetensors" in seen["allow_patterns"]
