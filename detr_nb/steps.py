@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 from .data import Batch
 from .losses import Normaliser, SetCriterion, combine
 from .matcher import NotFinite, name_of
-from .notation import Output, Target
+from .measuring import Stopwatch, timed_modules, timed_steps
+from .notation import Number, Output, Target
 from .runs import Run, all_reduce_mean
 
 # %% ../nbs/87_steps.ipynb #aee44f94
@@ -107,12 +108,38 @@ def activation_checkpointing(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def ready_to_train(run: Run) -> Iterator[nn.Module]:
+def ready_to_train(
+    model: nn.Module,
+    accelerator: Accelerator,
+    recompute: bool = False,
+    compiled: bool = False,
+) -> Iterator[nn.Module]:
     """The model as the loop calls it: forgetful, shared between processes, compiled, as
-    the configuration asks."""
-    with activation_checkpointing(run.model) if run.config.recompute else nullcontext():
-        model = run.accelerator.prepare_model(run.model)
-        yield torch.compile(model) if run.config.compile else model
+    is asked for."""
+    with activation_checkpointing(model) if recompute else nullcontext():
+        shared = accelerator.prepare_model(model)
+        yield torch.compile(shared) if compiled else shared
+
+# %% ../nbs/87_steps.ipynb #87ca0001
+@contextmanager
+def timed_parts(
+    run: Run,
+    clock: Stopwatch,
+    model: nn.Module,
+    criterion: SetCriterion,
+    compiled: bool = False,
+) -> Iterator[None]:
+    """While the block runs, the clock runs on the parts of each step; the inside of a
+    compiled model stays closed."""
+    modules = {"transformer": model, "loss": criterion}
+    modules |= {} if compiled else {"backbone": run.model.backbone}
+    matcher = criterion.matcher
+    criterion.matcher = clock.around("matching", matcher)
+    try:
+        with timed_modules(clock, modules), timed_steps(clock, run.optimizer):
+            yield
+    finally:
+        criterion.matcher = matcher
 
 # %% ../nbs/87_steps.ipynb #12de0029
 def tensors_in(value: object) -> Iterator[Tensor]:
@@ -154,15 +181,11 @@ def first_not_finite(model: nn.Module, batch: Batch, bf16: bool = False) -> str:
     return found[0] if found else ""
 
 
-def explain_not_finite(run: Run, parts: Sequence[Batch]) -> str:
+def explain_not_finite(run: Run, parts: Sequence[Batch], bf16: bool = False) -> str:
     """A text for people: where the first tensor is that is not finite, which images it
     was, and what may help."""
-    bad = next(
-        filter(
-            None, (first_not_finite(run.model, part, run.config.bf16) for part in parts)
-        ),
-        "",
-    )
+    found = (first_not_finite(run.model, part, bf16) for part in parts)
+    bad = next(filter(None, found), "")
     gradients = (
         name
         for name, p in run.model.named_parameters()
@@ -192,37 +215,44 @@ def running_means(model: nn.Module) -> list[Tensor]:
     ]
 
 
+def skip_or_raise(run: Run, reason: str, allowed: int) -> None:
+    """Count a step that changed nothing; raise if there were more than are allowed."""
+    run.skipped += 1
+    if run.skipped > allowed:
+        raise NotFinite(
+            f"{reason}. To go on without such batches, set skip_not_finite; it is"
+            f" {allowed}"
+        )
+    tqdm.write(
+        f"skipped ({run.skipped} of at most {allowed}): {reason}", file=sys.stderr
+    )
+
+
 def checked_step(
-    run: Run, model: nn.Module, criterion: SetCriterion, parts: Sequence[Batch]
+    run: Run,
+    model: nn.Module,
+    criterion: SetCriterion,
+    parts: Sequence[Batch],
+    clip: Number,
+    bf16: bool = False,
+    allowed: int = 0,
 ) -> dict[str, Tensor] | None:
     """One step of a run that changes neither weight nor running mean unless losses and
-    gradient are finite."""
+    gradient are finite; so many others are allowed."""
     run.optimizer.zero_grad()
     kept = [value.clone() for value in running_means(run.model)]
     try:
-        losses = accumulate_gradients(
-            model, criterion, parts, run.accelerator, run.config.bf16
-        )
-        losses["grad_norm"] = nn.utils.clip_grad_norm_(
-            run.model.parameters(), run.config.clip
-        )
-        if not losses["grad_norm"].isfinite():
+        losses = accumulate_gradients(model, criterion, parts, run.accelerator, bf16)
+        norm = nn.utils.clip_grad_norm_(run.model.parameters(), clip)
+        if not norm.isfinite():
             raise NotFinite("the gradient is not finite")
-    except NotFinite as error:
-        reason, limit = explain_not_finite(run, parts), run.config.skip_not_finite
+    except NotFinite:
+        reason = explain_not_finite(run, parts, bf16)
         for value, before in zip(running_means(run.model), kept, strict=True):
             value.copy_(before)
-        run.skipped += 1
-        if run.skipped > limit:
-            raise NotFinite(
-                f"{reason}. To go on without such batches, set skip_not_finite; it is"
-                f" {limit}"
-            ) from error
-        tqdm.write(
-            f"skipped ({run.skipped} of at most {limit}): {reason}", file=sys.stderr
-        )
+        skip_or_raise(run, reason, allowed)
         return None
     run.optimizer.step()
     if run.averaged:
         run.averaged.update_parameters(run.model)
-    return losses
+    return {**losses, "grad_norm": norm}

@@ -13,9 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.testing import assert_close
 from torchvision.transforms import v2
-from tqdm.auto import tqdm
 
-import detr_nb.muon as muon
+import detr_nb.loading as loading
+import detr_nb.optimizer as optimizer
+import detr_nb.runs as runs
 import detr_nb.training as chapter
 from detr_nb.config import config_text
 from detr_nb.data import Batch, Preprocess, pad_images
@@ -25,7 +26,9 @@ from detr_nb.model import TinyModel, detr_resnet18, detr_tiny
 from detr_nb.optimizer import Muon, matrices, optimizer_groups, orthogonalise
 from detr_nb.runs import save_atomically
 from detr_nb.shapes import EASY
+from detr_nb.steps import accumulate_gradients, ready_to_train
 from detr_nb.training import (
+    Schedule,
     TrainConfig,
     build_criterion,
     create_run,
@@ -35,9 +38,7 @@ from detr_nb.training import (
     read_config,
     resize_batch,
     scale_at,
-    set_pace,
     train_step,
-    train_until_done,
 )
 
 SMALL = TinyModel(num_queries=4, hidden_dim=16, nheads=2, dec_layers=2, dim_feedforward=16)
@@ -93,7 +94,7 @@ def test_a_matrix_of_zeros_stays_zero():
 def test_muon_is_torchs_muon_with_the_same_polynomial(shape, monkeypatch):
     coefficients = (3.4445, -4.775, 2.0315)
     once = orthogonalise
-    monkeypatch.setattr(muon, "orthogonalise", lambda x, dtype: once(x, torch.bfloat16, (coefficients,) * 5))
+    monkeypatch.setattr(optimizer, "orthogonalise", lambda x, dtype: once(x, torch.bfloat16, (coefficients,) * 5))
     torch.manual_seed(0)
     ours, theirs = (nn.Parameter(x) for x in [torch.randn(shape)] * 2)
     theirs = nn.Parameter(ours.detach().clone())
@@ -182,12 +183,12 @@ def test_a_rate_of_zero_is_refused():
         optimizer_groups(detr_tiny(), 0, 0, 5e-3)
 
 
-def test_the_pace_reaches_rates_and_loss(scenes):
-    run = create_run(replace(CONFIG, steps=4, weight_ce=4, final_weight_ce=1), scenes[0])
+def test_the_schedule_reaches_rates_loss_and_pictures(scenes):
+    run = create_run(replace(CONFIG, steps=4), scenes[0])
     criterion = build_criterion(run.config, run.model)
     run.step = 2
-    set_pace(run, criterion)
-    assert criterion.last_layer_weights["loss_ce"] == pytest.approx(2)
+    Schedule(criterion, weights=(4, 1), scales=((0.4, 0.5), (0.8, 0.75))).before_step(run)
+    assert criterion.last_layer_weights["loss_ce"] == pytest.approx(2) and run.scale == 0.75
     assert criterion.weights["loss_ce"] == criterion.weights["loss_ce_1"] == criterion.last_layer_weights["loss_ce"]
     assert all(g["lr"] == pytest.approx(g["highest_lr"] * 0.5 / 0.97) for g in run.optimizer.param_groups)
 
@@ -230,29 +231,30 @@ def test_bfloat16_leaves_losses_and_weights_in_float32_and_near(scenes):
 
 
 # --- runs that stop -----------------------------------------------------------------------------------------------
-def fit_until(config: TrainConfig, after: int) -> None:
+@pytest.fixture
+def fit_until(monkeypatch):
     """A run whose data end with an error after some steps."""
-    def ends(stream):
+    def ends(stream, after):
         yield from islice(stream, after)
         raise ConnectionError("the plug was pulled")
 
-    train, val = config.data.load()
-    run = create_run(config, train)
-    stream = ends(batches(train.loader(config.batch_size, config.seed), run.step))
-    with tqdm(disable=True) as bar:
-        train_until_done(run, build_criterion(config, run.model), stream, val, bar)
+    def run(config: TrainConfig, after: int) -> None:
+        with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+            patch.setattr(chapter, "batches", lambda *args: ends(batches(*args), after))
+            fit(config)
+
+    return run
 
 
 SEVERAL = [pytest.param(stops, CONFIG.data, marks=pytest.mark.slow) for stops in ((5,), (2, 3), (0, 1, 1))]
 
 
 @pytest.mark.parametrize(("stops", "data"), [((5,), Cropped()), *SEVERAL])
-def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(stops, data, tmp_path):
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(stops, data, tmp_path, fit_until):
     whole = fit(replace(CONFIG, data=data))
     config = replace(whole.config, folder=str(tmp_path / "run"), save_every=0)
     for after in stops:
-        with pytest.raises(ConnectionError):
-            fit_until(config, after)
+        fit_until(config, after)
     resumed = fit(config)
     assert resumed.step == whole.step == 6
     assert torch.equal(weights(resumed.model), weights(whole.model))
@@ -302,7 +304,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(chapter.os, "fsync", full)
+    monkeypatch.setattr(runs.os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
         save_atomically({"step": 2}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
@@ -315,7 +317,7 @@ def test_evaluation_is_not_on_the_clock(monkeypatch):
         time.sleep(0.5)
         return {"AP": 0.0, "AP50": 0.0}
 
-    monkeypatch.setattr(chapter, "evaluate", slow)
+    monkeypatch.setattr(loading, "evaluate", slow)
     begun = time.perf_counter()
     run = fit(replace(CONFIG, evaluations=3))
     assert sum("metrics" in row for row in run.history) == 3
@@ -365,8 +367,7 @@ def test_dropout_and_the_running_average_survive_a_stop(tmp_path):
     config = replace(CONFIG, model=replace(SMALL, dropout=0.3), ema=0.7)
     whole = fit(config)
     kept = replace(config, folder=str(tmp_path), save_every=0)
-    with pytest.raises(ConnectionError):
-        fit_until(kept, after=3)
+    fit_until(kept, after=3)
     resumed = fit(kept)
     assert torch.equal(weights(resumed.model), weights(whole.model)) and resumed.metrics.keys() == whole.metrics.keys()
     assert not torch.equal(weights(whole.model), weights(fit(replace(config, ema=0)).model))
@@ -382,9 +383,9 @@ def test_memory_is_traded_without_changing_the_run(how):
     gradients = []
     for run in runs:
         criterion = build_criterion(run.config, run.model)
-        with chapter.ready_to_train(run) as model:
+        with ready_to_train(run.model, run.accelerator, run.config.recompute) as model:
             run.model.memory.backbone.eval()
-            chapter.differentiate(model, criterion, batch.split(run.config.accumulate), run.accelerator)
+            accumulate_gradients(model, criterion, batch.split(run.config.accumulate), run.accelerator)
         gradients.append(torch.cat([p.grad.flatten() for p in run.model.parameters()]))
     assert_close(*gradients, rtol=1e-4, atol=1e-4 * float(gradients[0].abs().max()))
 
