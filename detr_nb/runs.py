@@ -621,7 +621,7 @@ def describe_run(run: Run, what: str, command: str) -> dict[str, object]:
         "config": asdict(run.config),
         "steps": run.step,
         "seconds": round(run.seconds, 1),
-        "images_per_second": round(run.step * run.config.batch_size / run.seconds, 1),
+        "images_per_second": round(run.step * run.batch_size / run.seconds, 1),
         "milliseconds_per_step": {
             name: round(1000 * s / run.step, 2) for name, s in run.parts.items()
         },

@@ -1,9 +1,13 @@
 """Training against torch's own optimisers, and runs that are stopped, resumed, timed and refused."""
 
+import inspect
 import json
+import re
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from torchvision.transforms import v2
 import detr_nb.loading as loading
 import detr_nb.optimizer as optimizer
 import detr_nb.runs as runs
+import detr_nb.steps as steps
 import detr_nb.training as chapter
 from detr_nb.config import config_text
 from detr_nb.data import Batch, Preprocess, pad_images
@@ -24,16 +29,18 @@ from detr_nb.loading import Augmented, DataConfig, MemoryLoader, ShapesData, bat
 from detr_nb.losses import SetCriterion
 from detr_nb.model import TinyModel, detr_resnet18, detr_tiny
 from detr_nb.optimizer import Muon, matrices, optimizer_groups, orthogonalise
-from detr_nb.runs import save_atomically
+from detr_nb.runs import Callback, Checkpoint, Length, Log, Run, save_atomically
 from detr_nb.shapes import EASY
 from detr_nb.steps import accumulate_gradients, ready_to_train
 from detr_nb.training import (
+    Evaluation,
     Schedule,
     TrainConfig,
     build_criterion,
     create_run,
     fit,
     geometric_decay,
+    loop,
     rate_factor,
     read_config,
     resize_batch,
@@ -211,6 +218,84 @@ def test_pictures_grow_over_the_run():
     scales = ((0.25, 0.5), (0.6, 0.75))
     assert [scale_at(p, scales) for p in (0, 0.2, 0.25, 0.59, 0.6, 1)] == [0.5, 0.5, 0.75, 0.75, 1, 1]
     assert scale_at(0, ()) == 1
+
+
+# --- the loop and its callbacks -----------------------------------------------------------------------------------
+class Noted(Callback):
+    """Writes down what it is called for."""
+
+    def __init__(self, name: str, seen: list):
+        self.name, self.seen = name, seen
+
+    @contextmanager
+    def around(self, run):
+        self.seen.append(f"{self.name} opens")
+        try:
+            yield
+        finally:
+            self.seen.append(f"{self.name} closes")
+
+    def before_step(self, run):
+        self.seen.append(f"{self.name} before {run.step}")
+
+    def after_step(self, run, losses):
+        self.seen.append(f"{self.name} after {run.step}")
+
+
+def toy_run(steps: int = 2, **changes: object) -> Run:
+    """A run of a model that is none."""
+    model = nn.Linear(1, 1)
+    return Run(CONFIG, model, torch.optim.SGD(model.parameters()), None, length=Length(steps), **changes)
+
+
+def test_callbacks_are_called_in_order_and_closed_however_the_loop_ends():
+    seen = []
+    two = [Noted("a", seen), Noted("b", seen)]
+    loop(toy_run(1), lambda batch: seen.append(f"step on {batch}"), iter("xyz"), two)
+    opened, closed = ["a opens", "b opens"], ["b closes", "a closes"]
+    assert seen == [*opened, "a before 0", "b before 0", "step on x", "a after 1", "b after 1", *closed]
+    seen.clear()
+    with pytest.raises(ZeroDivisionError):
+        loop(toy_run(), lambda batch: 1 / 0, iter("xyz"), two)
+    assert seen == [*opened, "a before 0", "b before 0", *closed]
+
+
+def test_a_run_that_is_told_to_stop_or_is_over_takes_no_step():
+    over = toy_run()
+    over.step = 2
+    for run in (over, toy_run(stopping=True)):
+        loop(run, pytest.fail, iter("x"), [])
+
+
+@pytest.mark.parametrize("times", [0, 1, 3, 7])
+def test_evaluations_are_evenly_spread_and_the_last_is_at_the_end(times, scenes, monkeypatch):
+    run, log = toy_run(21), Log(every=10**6)
+    monkeypatch.setattr(chapter, "evaluate_at", lambda *_: {"AP": run.step})
+    measured = Evaluation(scenes[1], times)
+    loop(run, lambda batch: {"total": torch.ones(())}, iter(range(21)), [measured, log])
+    assert [row["metrics"]["AP"] for row in run.history] == [21 * i // times for i in range(1, times + 1)]
+
+
+def test_a_checkpoint_is_due_by_the_clock_at_the_end_and_when_told(monkeypatch):
+    saved = []
+    monkeypatch.setattr(runs, "save_run", lambda run: saved.append(run.step))
+    run, checkpoint = toy_run(5, seconds=100.0), Checkpoint(every=10)
+    with checkpoint.around(run):
+        for seconds in (105, 110, 115, 119, 119):
+            run.step, run.seconds = run.step + 1, float(seconds)
+            checkpoint.after_step(run, None)
+        assert saved == [2, 5]
+        run.step, run.stopping = 3, True
+        checkpoint.after_step(run, None)
+    assert saved == [2, 5, 3]
+
+
+def test_nothing_but_fit_and_what_writes_it_down_reads_the_configuration():
+    for module in (runs, steps):
+        found = re.findall(r"\bconfig\.(\w+)", Path(module.__file__).read_text())
+        assert set(found) <= {"flat", "yaml", "seed"}  # as a whole, the name of the file, and `describe_run`
+    source = inspect.getsource(loop) + inspect.getsource(Schedule) + inspect.getsource(Evaluation)
+    assert "config" not in source
 
 
 # --- steps --------------------------------------------------------------------------------------------------------
