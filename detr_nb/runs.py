@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,11 +23,9 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from tqdm.auto import tqdm
 
 from .config import Config, ConfigError, config_text, text_config
 from .hub import describe
-from .loading import seed_of
 from .measuring import describe_machine, device_memory_mb, peak_memory_mb
 from .notation import Number
 
@@ -43,21 +41,27 @@ def save_atomically(state: dict, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         half_written.replace(path)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # torch's writer turns the one into the other
+    except (OSError, RuntimeError) as error:  # torch's writer turns one into the other
         if path.parent.is_dir():
             half_written.unlink(missing_ok=True)
-        kept = (
-            "the one before it is unharmed"
-            if path.is_file()
-            else "there is none before it"
-        )
+        there = path.is_file()
+        kept = "the one before it is unharmed" if there else "there is none before it"
         raise OSError(
             f"{path} could not be written ({error}); {kept}. Make room on the disk, or"
             " give a folder that may be written to, and start the same run again"
         ) from error
+
+# %% ../nbs/86_runs.ipynb #0cf3af25
+def all_reduce_mean(
+    accelerator: Accelerator, *numbers: Number | Float[Tensor, ""]
+) -> list[Number | Float[Tensor, ""]]:
+    """The means of some numbers over all processes, the same in each; every process
+    must call it."""
+    if accelerator.num_processes == 1:
+        return list(numbers)
+    return accelerator.reduce(
+        torch.tensor(numbers, device=accelerator.device).float(), "mean"
+    ).tolist()
 
 # %% ../nbs/86_runs.ipynb #12de0011
 class Averages:
@@ -196,20 +200,6 @@ class Run:
         )
         return f"step {self.step}{loss}{ap} {speed:.0f} images/s"
 
-    def epoch_line(self) -> str:
-        """The same at the end of an epoch, with the parts of the loss and the time that
-        is left."""
-        row = self.history[-1] if self.history else {}
-        names = {"class": "loss_ce", "L1": "loss_bbox", "GIoU": "loss_giou"}
-        losses = ", ".join(
-            f"{word} {row[name]:.3f}" for word, name in names.items() if name in row
-        )
-        left = self.seconds / max(self.progress, 1e-9) * (1 - self.progress) / 60
-        return (
-            f"epoch {self.step // self.epoch_steps}: {self.line()} ({losses}),"
-            f" {left:.0f} min left"
-        )
-
 # %% ../nbs/86_runs.ipynb #9fefa6d8
 def described(model: nn.Module) -> dict[str, object] | None:
     """What chapter 08 says of a model's architecture; None if it cannot."""
@@ -219,6 +209,9 @@ def described(model: nn.Module) -> dict[str, object] | None:
         return None
 
 # %% ../nbs/86_runs.ipynb #69efefe7
+PROGRESS = ("step", "skipped", "seconds", "history", "parts")  # how far a run has come
+
+
 def run_state(run: Run) -> dict[str, object]:
     """What a later process needs to go on, and what a user of the weights needs; plain
     values and tensors."""
@@ -229,17 +222,7 @@ def run_state(run: Run) -> dict[str, object]:
         "averaged_steps": int(run.averaged.n_averaged) if run.averaged else 0,
         "optimizer": run.optimizer.state_dict(),
         "averages": run.averages.state_dict(),
-        **{
-            name: getattr(run, name)
-            for name in (
-                "step",
-                "skipped",
-                "seconds",
-                "history",
-                "parts",
-                "epoch_steps",
-            )
-        },
+        **{name: getattr(run, name) for name in (*PROGRESS, "epoch_steps")},
         "config": config_text(run.config),
         "names": shown.names,
         "category_ids": shown.category_ids,
@@ -247,18 +230,6 @@ def run_state(run: Run) -> dict[str, object]:
         "threshold": shown.threshold,
         "description": described(shown),
     }
-
-# %% ../nbs/86_runs.ipynb #0cf3af25
-def all_reduce_mean(
-    accelerator: Accelerator, *numbers: Number | Float[Tensor, ""]
-) -> list[Number | Float[Tensor, ""]]:
-    """The means of some numbers over all processes, the same in each; every process
-    must call it."""
-    if accelerator.num_processes == 1:
-        return list(numbers)
-    return accelerator.reduce(
-        torch.tensor(numbers, device=accelerator.device).float(), "mean"
-    ).tolist()
 
 # %% ../nbs/86_runs.ipynb #a0e416d9
 def save_run(run: Run) -> None:
@@ -318,10 +289,8 @@ def read_state(path: Path) -> dict:
 def check_same_run(run: Run, state: dict, path: Path) -> None:
     """Refuse to go on from a checkpoint of another run."""
     try:
-        there, here = (
-            reproducible_settings(text_config(type(run.config), state["config"])),
-            reproducible_settings(run.config),
-        )
+        old = text_config(type(run.config), state["config"])
+        there, here = map(reproducible_settings, (old, run.config))
     except ConfigError as error:
         raise ValueError(
             f"{path} belongs to a configuration that cannot be read here: {error}."
@@ -338,15 +307,9 @@ def check_same_run(run: Run, state: dict, path: Path) -> None:
             f" {run.epoch_steps}"
         )
     if other:
-        raise ValueError(
-            "\n".join(
-                [
-                    f"{path} belongs to another configuration:",
-                    *other,
-                    "Choose another folder, or delete this one to start anew",
-                ]
-            )
-        )
+        first = f"{path} belongs to another configuration:"
+        last = "Choose another folder, or delete this one to start anew"
+        raise ValueError("\n".join([first, *other, last]))
 
 # %% ../nbs/86_runs.ipynb #e90a94ff
 def resume_run(run: Run) -> None:
@@ -362,7 +325,7 @@ def resume_run(run: Run) -> None:
         run.averaged.n_averaged.fill_(state["averaged_steps"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.averages.load_state_dict(state["averages"])
-    for name in ("step", "skipped", "seconds", "history", "parts"):
+    for name in PROGRESS:
         setattr(run, name, state[name])
 
 # %% ../nbs/86_runs.ipynb #be8d599c
@@ -396,19 +359,6 @@ class Callback:
     def after_step(self, run: Run, losses: dict[str, Tensor] | None) -> None:
         """Called after each step, off the clock, with its losses; None if the step was
         skipped."""
-
-# %% ../nbs/86_runs.ipynb #86ca0002
-@dataclass
-class SeedSteps(Callback):
-    """A seed of its own for each step and process, so that no generator has a state to
-    be saved."""
-
-    seed: int
-
-    def before_step(self, run: Run) -> None:
-        """For dropout, and whatever else is drawn in the step."""
-        place = run.accelerator.process_index
-        torch.manual_seed(seed_of(self.seed, run.step, place))
 
 # %% ../nbs/86_runs.ipynb #6bc7a781
 def log_row(run: Run, row: dict[str, object]) -> None:
@@ -484,41 +434,6 @@ def has_new_row(run: Run) -> bool:
     """True if this step has written a row of the log."""
     return bool(run.history) and run.history[-1]["step"] == run.step
 
-# %% ../nbs/86_runs.ipynb #86ca0004
-Watcher = Callable[[Run], object]
-
-
-@dataclass
-class Watch(Callback):
-    """A function that sees the run after each row of the log, in one process."""
-
-    function: Watcher
-
-    def after_step(self, run: Run, losses: dict[str, Tensor] | None) -> None:
-        """Call it, if there is a new row."""
-        if has_new_row(run) and run.accelerator.is_main_process:
-            self.function(run)
-
-# %% ../nbs/86_runs.ipynb #2c066fdf
-class ProgressBar(Callback):
-    """A bar over the whole run, and a line an epoch."""
-
-    @contextmanager
-    def around(self, run: Run) -> Iterator[None]:
-        """The bar is closed when the run ends, however it does."""
-        quiet = not run.accelerator.is_main_process
-        form = "{l_bar}{bar}| {postfix}"
-        with tqdm(total=100, disable=quiet, bar_format=form) as self.bar:
-            yield
-
-    def after_step(self, run: Run, losses: dict[str, Tensor] | None) -> None:
-        """Show how far the run has come."""
-        if has_new_row(run):
-            self.bar.set_postfix_str(run.line())
-        if run.step % run.epoch_steps == 0 and run.accelerator.is_main_process:
-            self.bar.write(run.epoch_line())
-        self.bar.update(int(100 * run.progress) - self.bar.n)
-
 # %% ../nbs/86_runs.ipynb #12de002d
 class Terminated(SystemExit):
     """A run was told to end by SIGTERM, and has saved itself. The exit code is 143."""
@@ -528,14 +443,10 @@ class Terminated(SystemExit):
 
 # %% ../nbs/86_runs.ipynb #9f2bbad4
 class SignalHandler:
-    """A signal that has come and waits to be acted on.
-
-    Attributes:
-        told: its number; 0 before one has come.
-    """
+    """A signal that has come and waits to be acted on."""
 
     def __init__(self):
-        self.told = 0
+        self.told = 0  # its number; 0 before one has come
 
     def leave(self) -> None:
         """End the process as the signal asks."""

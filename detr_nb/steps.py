@@ -10,6 +10,7 @@ __all__ = []
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 
@@ -20,11 +21,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from .data import Batch
+from .loading import seed_of
 from .losses import Normaliser, SetCriterion, combine
 from .matcher import NotFinite, name_of
 from .measuring import Stopwatch, timed_modules, timed_steps
 from .notation import Number, Output, Target
-from .runs import Run, all_reduce_mean
+from .runs import Callback, Run, all_reduce_mean
 
 # %% ../nbs/87_steps.ipynb #aee44f94
 def predict_batch(model: nn.Module, batch: Batch, bf16: bool = False) -> Output:
@@ -205,6 +207,19 @@ def checked_step(
     if run.averaged:
         run.averaged.update_parameters(run.model)
     return {**losses, "grad_norm": norm}
+
+# %% ../nbs/87_steps.ipynb #86ca0002
+@dataclass
+class SeedSteps(Callback):
+    """A seed of its own for each step and process, so that no generator has a state to
+    be saved."""
+
+    seed: int
+
+    def before_step(self, run: Run) -> None:
+        """For dropout, and whatever else is drawn in the step."""
+        place = run.accelerator.process_index
+        torch.manual_seed(seed_of(self.seed, run.step, place))
 
 # %% ../nbs/87_steps.ipynb #12de0026
 @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
 from .checks import DataError
 from detr_nb.config import (
@@ -49,17 +50,20 @@ from detr_nb.runs import (
     Checkpoint,
     Length,
     Log,
-    ProgressBar,
     Run,
-    SeedSteps,
     Signals,
-    Watch,
-    Watcher,
     find_accelerator,
+    has_new_row,
     resume_run,
     write_header,
 )
-from .steps import checked_step, predict_batch, ready_to_train, timed_parts
+from detr_nb.steps import (
+    SeedSteps,
+    checked_step,
+    predict_batch,
+    ready_to_train,
+    timed_parts,
+)
 
 # %% ../nbs/12_training.ipynb #52841bc7
 def train_step(
@@ -330,6 +334,56 @@ class Evaluation(Callback):
             metrics = evaluate_at(run.shown, self.dataset, run.scale, self.measure)
             run.pending["metrics"] = metrics
 
+# %% ../nbs/12_training.ipynb #86ca0004
+Watcher = Callable[[Run], object]
+
+
+@dataclass
+class Watch(Callback):
+    """A function that sees the run after each row of the log, in one process."""
+
+    function: Watcher
+
+    def after_step(self, run: Run, losses: dict[str, Tensor] | None) -> None:
+        """Call it, if there is a new row."""
+        if has_new_row(run) and run.accelerator.is_main_process:
+            self.function(run)
+
+# %% ../nbs/12_training.ipynb #12ca0006
+def epoch_line(run: Run) -> str:
+    """Where the run stands at the end of an epoch, with the parts of the loss and the
+    time that is left."""
+    row = run.history[-1] if run.history else {}
+    names = {"class": "loss_ce", "L1": "loss_bbox", "GIoU": "loss_giou"}
+    losses = ", ".join(
+        f"{word} {row[name]:.3f}" for word, name in names.items() if name in row
+    )
+    left = run.seconds / max(run.progress, 1e-9) * (1 - run.progress) / 60
+    return (
+        f"epoch {run.step // run.epoch_steps}: {run.line()} ({losses}),"
+        f" {left:.0f} min left"
+    )
+
+# %% ../nbs/12_training.ipynb #2c066fdf
+class ProgressBar(Callback):
+    """A bar over the whole run, and a line an epoch."""
+
+    @contextmanager
+    def around(self, run: Run) -> Iterator[None]:
+        """The bar is closed when the run ends, however it does."""
+        quiet = not run.accelerator.is_main_process
+        form = "{l_bar}{bar}| {postfix}"
+        with tqdm(total=100, disable=quiet, bar_format=form) as self.bar:
+            yield
+
+    def after_step(self, run: Run, losses: dict[str, Tensor] | None) -> None:
+        """Show how far the run has come."""
+        if has_new_row(run):
+            self.bar.set_postfix_str(run.line())
+        if run.step % run.epoch_steps == 0 and run.accelerator.is_main_process:
+            self.bar.write(epoch_line(run))
+        self.bar.update(int(100 * run.progress) - self.bar.n)
+
 # %% ../nbs/12_training.ipynb #fa4b6679
 def build_callbacks(
     config: TrainConfig,
@@ -412,16 +466,9 @@ def create_run(
 def build_criterion(config: TrainConfig, model: DETR) -> SetCriterion:
     """The loss of the model's authors, with the weights that the configuration asks
     for."""
-    names = (
-        "cost_class",
-        "cost_bbox",
-        "cost_giou",
-        "weight_ce",
-        "weight_bbox",
-        "weight_giou",
-        "no_object_weight",
-    )
-    return criterion_for(model, **{name: getattr(config, name) for name in names})
+    costs = ("cost_class", "cost_bbox", "cost_giou")
+    weights = ("weight_ce", "weight_bbox", "weight_giou", "no_object_weight")
+    return criterion_for(model, **{x: getattr(config, x) for x in (*costs, *weights)})
 
 # %% ../nbs/12_training.ipynb #12ca0005
 @contextmanager
