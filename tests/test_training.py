@@ -270,7 +270,7 @@ def test_a_run_that_is_told_to_stop_or_is_over_takes_no_step():
 @pytest.mark.parametrize("times", [0, 1, 3, 7])
 def test_evaluations_are_evenly_spread_and_the_last_is_at_the_end(times, scenes, monkeypatch):
     run, log = toy_run(21), Log(every=10**6)
-    monkeypatch.setattr(chapter, "evaluate_at", lambda *_: {"AP": run.step})
+    monkeypatch.setattr(chapter, "evaluate_at", lambda *_: {"AP": float(run.step)})
     measured = Evaluation(scenes[1], times)
     loop(run, lambda batch: {"total": torch.ones(())}, iter(range(21)), [measured, log])
     assert [row["metrics"]["AP"] for row in run.history] == [21 * i // times for i in range(1, times + 1)]
