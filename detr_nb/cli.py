@@ -66,7 +66,7 @@ def absolute(path: Path) -> Path:
     """The path from the root, without going through links."""
     return Path(os.path.abspath(path))
 
-
+# %% ../nbs/18_cli.ipynb #9243483a
 def find_pictures(places: Iterable[Path], out: Path) -> list[Path]:
     """Every file among the places, and every picture in the folders among them, once."""
     found: dict[Path, Path] = {}
@@ -118,16 +118,14 @@ def result_paths(pictures: Sequence[Path], out: Path) -> list[Path]:
 # %% ../nbs/18_cli.ipynb #18c00018
 Found = Mapping[str, Tensor | list[str]]  # what `predict_image` returns
 
-
+# %% ../nbs/18_cli.ipynb #3ac51568
 def draw(picture: UInt8[Tensor, "3 y x"], found: Found) -> UInt8[Tensor, "3 y x"]:
     """The picture with its boxes, names and scores."""
     if not found["names"]:
         return picture
     size = max(10, min(picture.shape[1:]) // 40)
-    words = [
-        f"{name} {score:.2f}"
-        for name, score in zip(found["names"], found["scores"].tolist(), strict=True)
-    ]
+    pairs = zip(found["names"], found["scores"].tolist(), strict=True)
+    words = [f"{name} {score:.2f}" for name, score in pairs]
     colours = [
         f"hsl({137.5 * label % 360:.0f}, 90%, 45%)"
         for label in found["labels"].tolist()
@@ -171,7 +169,7 @@ def coco_rows(
         for label, name, box, score in zip(*columns, strict=True)
     ]
 
-
+# %% ../nbs/18_cli.ipynb #1459aa74
 def write_rows(rows: Sequence[Mapping], file: Path) -> None:
     """Write a JSON list with one row a line."""
     file.write_text(
@@ -196,7 +194,7 @@ def predict_file(
     to_pil_image(draw(image, found)).save(result)
     return found
 
-
+# %% ../nbs/18_cli.ipynb #3cc91cb0
 def predict(options: Predict) -> int:
     """Look at every picture, write the results and say how it went.
 
@@ -268,7 +266,7 @@ class Eval(Config):
     batch_size: Count = 8
     out: Path | None = None
 
-
+# %% ../nbs/18_cli.ipynb #cff759e7
 def judge(options: Eval) -> int:
     """Evaluate, print the figures, and write them if a file is named."""
     if options.folder is None and (options.data is None or options.weights is None):
@@ -306,7 +304,7 @@ class CheckData(Config):
 
     data: DataConfig
 
-
+# %% ../nbs/18_cli.ipynb #9a087d98
 def check(options: CheckData) -> int:
     """List the problems of both parts."""
     found: list[Problem] = []
@@ -367,12 +365,9 @@ def main(args: Sequence[str] | None = None) -> int:
     found = parser.parse_args(args, defaults=False)
     kind, function = COMMANDS[found.command]
     given = from_yaml(found[found.command].as_dict())
+    given.pop("config", None)
     try:
-        return function(
-            kind.read(
-                {name: value for name, value in given.items() if name != "config"}
-            )
-        )
+        return function(kind.read(given))
     except FAILURES as error:
         print(f"detr-nb: {error}", file=sys.stderr)
         return 2

@@ -133,7 +133,7 @@ def checked(kind: type["Config"], name: str, value: object) -> object:
     except ValidationError as error:
         raise refusal(error, name) from None
 
-
+# %% ../nbs/80_config.ipynb #e316c45a
 def refusal(error: ValidationError, name: str) -> ConfigError:
     """What pydantic complains about in a field, in our words."""
     found = error.errors(include_url=False)
@@ -170,7 +170,7 @@ def complete(kind: type["Config"]) -> bool:
     open."""
     return "__dataclass_fields__" in vars(kind) and not isabstract(kind)
 
-
+# %% ../nbs/80_config.ipynb #c2943646
 def known_kinds(base: type["Config"]) -> dict[str, type["Config"]]:
     """The classes that people choose from for a field of the class `base`; those of the
     library are imported for it."""
@@ -193,7 +193,7 @@ def address(kind: type["Config"]) -> str:
     """Module and name of a class."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
-
+# %% ../nbs/80_config.ipynb #eb7a6617
 def find_kind(word: str, base: type["Config"]) -> type["Config"]:
     """The class that a word means: its name, or its module and name."""
     home, _, name = word.rpartition(".")
@@ -361,7 +361,7 @@ def kind_word(kind: type[Config]) -> str:
     own = HOMES.get(kind.__name__) == kind.__module__ or kind.__module__ == "__main__"
     return kind.__name__ if own else address(kind)
 
-
+# %% ../nbs/80_config.ipynb #fa71feda
 def plain_value(value: object, name: str) -> object:
     """A value as JSON has it: tuples become lists, paths become text."""
     if isinstance(value, Config):
@@ -424,7 +424,7 @@ def load_words(text: str) -> object:
 WORDS_MODE = "detr_nb"  # jsonargparse's name for texts that are read so
 set_loader(WORDS_MODE, load_words, exceptions=(yaml.YAMLError,))
 
-
+# %% ../nbs/80_config.ipynb #dc31b469
 def options_parser(kind: type[Config], skip: Sequence[str] = ()) -> ArgumentParser:
     """The fields of a frozen dataclass as flags, and as lines of a YAML file."""
     parser = ArgumentParser(
@@ -467,7 +467,7 @@ def to_yaml(words: object) -> object:
         else values
     )
 
-
+# %% ../nbs/80_config.ipynb #a25bf3f8
 def parse_config(kind: type[Config], words: Sequence[str]) -> Config:
     """The configuration that flags, or a file named by `--config`, describe."""
     found = from_yaml(

@@ -49,7 +49,7 @@ def coco_mirrors(path: str) -> tuple[str, ...]:
     )
     return *(f"{home}/{path}" for home in homes), f"{hub}/{path.rpartition('/')[2]}"
 
-
+# %% ../nbs/92_downloads.ipynb #31721f86
 # Sizes and hashes: tensorflow_datasets/url_checksums/coco.txt and
 # tensorflow_datasets/datasets/bccd/checksums.tsv of github.com/tensorflow/datasets;
 # those of COCO's images also in pytorch/vision.
@@ -79,6 +79,8 @@ COCO_2017 = {
         118_287,
     ),
 }
+
+# %% ../nbs/92_downloads.ipynb #579d54a1
 BCCD = Archive(
     "bccd.zip",
     7_875_205,
@@ -120,7 +122,7 @@ def open_from(address: str, start: int) -> HTTPResponse:
             f"the server answers {error.code}, {error.reason}"
         ) from None
 
-
+# %% ../nbs/92_downloads.ipynb #90338548
 def transfer(address: str, part: Path, archive: Archive, quiet: bool) -> None:
     """One attempt: append to `part` what is missing."""
     have = received(part, archive)
@@ -169,7 +171,7 @@ def by_hand(archive: Archive, place: Path, failures: dict[str, Exception]) -> st
         f" another way from one of these addresses, save it as {place}, and call again."
     )
 
-
+# %% ../nbs/92_downloads.ipynb #bdf8bc7f
 def fetch(archive: Archive, folder: Path | str, quiet: bool = False) -> Path:
     """Download a file, or what is missing of it, and check it; if it is there already,
     only check it."""
@@ -211,7 +213,7 @@ def unpack(file: Path, folder: Path, quiet: bool) -> None:
             if not (place.is_file() and place.stat().st_size == member.file_size):
                 archive.extract(member, folder)
 
-
+# %% ../nbs/92_downloads.ipynb #35619ece
 def download(
     archives: Iterable[Archive], folder: Path | str, quiet: bool = False
 ) -> Path:
@@ -267,7 +269,7 @@ def download_coco(
         )
     return download([COCO_2017[part] for part in parts], folder, quiet)
 
-
+# %% ../nbs/92_downloads.ipynb #4bb9ff4e
 def download_bccd(folder: Path | str, quiet: bool = False) -> Path:
     """BCCD, 364 photographs of blood cells (MIT licence), for
     `VocDataset(download_bccd(folder), "train")`.

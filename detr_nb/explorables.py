@@ -239,7 +239,7 @@ def rounded(numbers: Float[Tensor, "..."], digits: int = 4) -> list:
     """Numbers as nested lists, short enough for a page."""
     return np.round(numbers.detach().cpu().numpy().astype(float), digits).tolist()
 
-
+# %% ../nbs/91_explorables.ipynb #286792c6
 @torch.no_grad()
 def record_scene(
     model: nn.Module, image: UInt8[Tensor, "3 y x"], target: Target
@@ -436,7 +436,7 @@ class AttentionView(Explorable):
     the decoder (chapter 13).
 
     Attributes:
-        record: what `record_gaze` wrote.
+        record: what `record_attention` wrote.
         names: of the classes.
         mode: "encoder" or "decoder".
         cell: row and column of the cell that looks.
@@ -501,7 +501,7 @@ def record_training(
 
     Args:
         model: a DETR; it keeps the weights of the last copy.
-        film: copies of its weights by training step, as `Filmed` makes them.
+        film: copies of its weights by training step, as `WeightSnapshots` makes them.
         image: colours from 0 to 255.
         target: the truth, to which the queries are matched.
     """
@@ -532,7 +532,7 @@ class Film(Explorable):
     matched to (chapter 13).
 
     Attributes:
-        record: what `record_film` wrote.
+        record: what `record_training` wrote.
         names: of the classes.
         frame: which copy of the weights, from 0.
         query: which query is followed; -1 follows none.

@@ -283,7 +283,7 @@ def colour_range(matrix: Shaped[np.ndarray, "y x"]) -> dict[str, str | float]:
         return {"cmap": "Blues", "vmin": 0.0, "vmax": high or 1.0}
     return {"cmap": "PuOr", "vmin": -max(-low, high), "vmax": max(-low, high)}
 
-
+# %% ../nbs/90_plots.ipynb #90cdd52c
 def write_numbers(
     ax: Axes, matrix: Shaped[np.ndarray, "y x"], scale: Mapping[str, str | float]
 ) -> None:

@@ -6,6 +6,7 @@
 __all__ = ['sine_embedding', 'grid_coordinates', 'grid_angles', 'SinePositions', 'LearnedPositions']
 
 # %% ../nbs/02_positions.ipynb #cell-005
+#| code-fold: true
 import math
 
 import torch

@@ -68,3 +68,20 @@ def test_a_chapter_leads_to_the_reference(chapter):
 def test_the_front_door_leads_to_the_front_page():
     need(HTML.exists(), "the book is not built: `make book`")
     assert f"url={listed()[0]}.html" in (HTML / "index.html").read_text("utf8")
+
+
+@pytest.mark.parametrize("name", [name for name in listed() if name.startswith("nbs/")])
+def test_a_page_says_once_where_on_the_reading_paths_it_stands(name):
+    need(HTML.exists(), "the book is not built: `make book`")
+    text = (HTML / f"{name}.html").read_text("utf8").partition("<article")[2]
+    (line,) = re.findall(r'<nav class="reading-line" aria-label="Reading paths">(.*?)</nav>', text)
+    assert text.index("<h1>") < text.index(line) < text.index("<h2>")
+    for place, part in re.findall(r'href="([^"#]+)#([^"]+)"', line):
+        assert f'id="{part}"' in (HTML / f"{name}.html").parent.joinpath(place).read_text("utf8")
+
+
+def test_the_front_page_lists_the_paths_with_their_minutes():
+    need(HTML.exists(), "the book is not built: `make book`")
+    text = (HTML / f"{listed()[0]}.html").read_text("utf8")
+    assert len(re.findall(r'id="path-[a-z-]+"', text)) == 3 and "TIME" not in text
+    assert text.count("\u00a0min") >= 20

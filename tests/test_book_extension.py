@@ -16,6 +16,7 @@ NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_c
 
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
 import detr_nb_book as extension  # noqa: E402
+import directives  # noqa: E402
 
 
 def cell(source: str, **more) -> nbformat.NotebookNode:
@@ -66,7 +67,7 @@ def test_a_build_never_rewrites_the_library():
 def test_contributing_lists_every_directive_and_no_other():
     table = (ROOT / "CONTRIBUTING.md").read_text("utf8")
     listed = {re.split(r"[ :]", words)[0] for words in re.findall(r"`#\\\| ([^`]+)`", table)}
-    known = {name for name, _ in extension.TAGS} | set(extension.TEXTS)
+    known = {name for name, _ in directives.TAGS} | set(directives.TEXTS)
     assert listed == known - {"exporti", "exports", "include"}  # nbdev's own, which no chapter needs
 
 

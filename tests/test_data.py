@@ -1,5 +1,6 @@
 """Real data: readers against pycocotools and Pillow, transforms against painted boxes and the paper, loaders."""
 
+import inspect
 import json
 import os
 import pickle
@@ -692,6 +693,8 @@ def test_normalise_is_exact_and_takes_bytes_only():
     torch.testing.assert_close(denormalise(normalise(image, (0, 0, 0), (1, 1, 1)), (0, 0, 0), (1, 1, 1)), image)
     with pytest.raises(Exception, match="images"):
         normalise(image.float())
+    with pytest.raises(TypeError, match="were they normalised before"):  # and in plain use, without the type checker
+        inspect.unwrap(normalise)(image.float())
 
 
 def test_collate_equals_normalise_then_pad():

@@ -1,11 +1,16 @@
 """Every page of the built book in a real browser: wide and on a phone, light and dark, by rules of accessibility."""
 
+import json
 import re
+import sys
 from importlib.resources import files
 from importlib.util import find_spec
 
 import pytest
-from built import HTML, listed, need
+from built import HTML, ROOT, listed, need
+
+sys.path.insert(0, str(ROOT / "tools"))
+from pdf import STYLE  # noqa: E402
 
 PICTURES = HTML.parent / "screenshots"
 SIZES = {"wide": (1200, 900), "phone": (390, 844)}
@@ -79,6 +84,39 @@ def test_headings_are_in_order(page):
     assert [level for level, _ in levels].count(1) == 1 and levels[0][0] == 1
     skipped = [second for (one, _), (two, second) in zip(levels, levels[1:], strict=False) if two > one + 1]
     assert skipped == []
+
+
+# Code that is folded is unfolded to be measured.
+CUT = """(() => {
+  const folded = [...document.querySelectorAll('article details:not([open])')];
+  folded.forEach(one => { one.open = true });
+  const cut = [...document.querySelectorAll('article pre')].filter(e => e.scrollWidth > e.clientWidth).map(
+    e => [e.scrollWidth - e.clientWidth, e.textContent.slice(0, 60)]);
+  folded.forEach(one => { one.open = false });
+  return cut })()"""
+PRINTED = f"""(() => {{ const style = document.createElement('style');
+  style.id = 'printed'; style.textContent = {json.dumps(STYLE)}; document.head.append(style) }})()"""
+
+
+def test_code_and_what_it_prints_fit_a_window_of_1400_pixels(page):
+    page.ask("Emulation.setEmulatedMedia", media="screen")
+    page.ask("Emulation.setDeviceMetricsOverride", width=1400, height=900, deviceScaleFactor=1, mobile=False)
+    page.rest(0.1)
+    assert page.evaluate(CUT) == []
+
+
+def test_a_printed_page_cuts_no_code(page):
+    """Neither when a reader prints the page, nor in the printed book."""
+    width = round((210 - 2 * 16) / 25.4 * 96)  # A4 without its margins
+    page.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+    page.ask("Emulation.setEmulatedMedia", media="print")
+    page.rest(0.1)
+    cut = page.evaluate(CUT)
+    page.evaluate(PRINTED)
+    cut += page.evaluate(CUT)
+    page.evaluate("document.getElementById('printed').remove()")
+    page.ask("Emulation.setEmulatedMedia", media="")
+    assert cut == []
 
 
 def test_a_page_has_no_serious_violation_of_accessibility(page):

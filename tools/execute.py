@@ -20,7 +20,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "book" / "_ext"), str(ROOT / "tools")]
-from detr_nb_book import prepare, split_directives  # noqa: E402
+from detr_nb_book import prepare  # noqa: E402
+from directives import split_directives  # noqa: E402
 from forked import ForkedKernels, load_once  # noqa: E402
 from jupyter_cache import get_cache  # noqa: E402
 from jupyter_cache.base import CacheBundleIn, JupyterCacheAbstract  # noqa: E402

@@ -82,14 +82,23 @@ def pages_below(site_map: SiteMap, page: str) -> Iterator[str]:
             yield from pages_below(site_map, file)
 
 
+def pages_by_part(site_map: SiteMap) -> list[tuple[str, list[str]]]:
+    """The parts of the table of contents: the caption without its number, and the pages."""
+    return [
+        (
+            re.sub(r"^Part \w+\. ", "", tree.caption or ""),
+            [page for file in tree.files() for page in (file, *pages_below(site_map, file))],
+        )
+        for tree in site_map.root.subtrees
+    ]
+
+
 def parts_of(site_map: SiteMap) -> list[tuple[str, list[Chapter]]]:
     """The parts of the table of contents: the caption without its number, and the chapters."""
-    parts = []
-    for tree in site_map.root.subtrees:
-        pages = [page for file in tree.files() for page in (file, *pages_below(site_map, file))]
-        chapters = [chapter for page in pages if (chapter := chapter_of(page))]
-        parts.append((re.sub(r"^Part \w+\. ", "", tree.caption or ""), chapters))
-    return parts
+    return [
+        (caption, [chapter for page in pages if (chapter := chapter_of(page))])
+        for caption, pages in pages_by_part(site_map)
+    ]
 
 
 # --- where the boxes stand ----------------------------------------------------------------------------------------
@@ -136,7 +145,7 @@ def svg_text(x: float, y: int, words: str, size: int, **more: str) -> str:
 def svg_box(box: Box, lit: bool, link: str) -> str:
     """One box, which leads to its chapter: number and noun, and what it answers if it has a place."""
     name, middle = f"{box.chapter.number} {box.chapter.noun.replace('_', ' ')}", box.x + WIDTH / 2
-    lines = svg_text(middle, box.y + 18, name, 11 if len(name) < 15 else 10, font_weight="bold")
+    lines = svg_text(middle, box.y + 18, name, 11 if len(name) < 14 else 10, font_weight="bold")
     if box.chapter.module in PLACES:
         lines += svg_text(middle, box.y + 33, PLACES[box.chapter.module].answers, 10)
     here = ' class="here" aria-current="location"' if lit else ""

@@ -1,8 +1,9 @@
 """The book's own Sphinx extension.
 
-It does seven things:
+It does nine things:
 
-- reads `.ipynb` files: nbdev's `#|` directives become the tags that Jupyter Book knows (`read_notebook`);
+- reads `.ipynb` files: nbdev's `#|` directives become the tags that Jupyter Book knows (`read_notebook`, and
+  directives.py beside this file);
 - makes the execution cache notice edits of the library: a digest of the modules a notebook imports, of the files it
   says it reads and of the installed versions goes into the kernel's metadata, which the cache hashes (`digest`), and
   the same files become Sphinx dependencies of the page (`note_sources`);
@@ -10,6 +11,9 @@ It does seven things:
 - takes the repository's address from settings.ini (`set_repository`);
 - draws the map of the chapters from the table of contents, each box a link (`ChapterMap`, `place_map`, and
   chapter_map.py beside this file);
+- says at the head of every page how long it takes and where on the reading paths it stands, and lists the paths and
+  the pages on the front page (`add_line`, `write_lines`, `FrontPageDirective`, and reading.py beside this file);
+- forwards from the addresses of pages that moved (`forward`);
 - leads from the first mention of a name of the library on a page to its entry in the reference, and from
   the end of a chapter to its module (`link_names`, `link_module`);
 - says which chapter is being built and how long it took (`say_start`, `say_end`).
@@ -24,14 +28,29 @@ import re
 import sys
 import time
 from functools import lru_cache
+from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import resolve_name
 from pathlib import Path
+from posixpath import dirname, relpath
 
 import nbformat
-from chapter_map import chapter_of, draw_map, parts_of
+from chapter_map import chapter_of, draw_map, pages_by_part, parts_of
+from directives import apply_directives
 from docutils import nodes
 from myst_nb.core.render import NbElementRenderer
+from reading import (
+    ASIDE,
+    ASIDES,
+    PATHS,
+    ReadingPath,
+    Stop,
+    in_words,
+    page_table,
+    path_list,
+    read_amount,
+    stops_of,
+)
 from sphinx import addnodes
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
@@ -39,82 +58,11 @@ from sphinx.util.docutils import SphinxDirective
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "detr_nb"
 MAP = "book/_ext/chapter_map.py"
+READING = "book/_ext/reading.py"
+MOVED = {"nbs/93_muon": "nbs/93_optimizer"}  # old addresses that lead to a page of today
 VERSIONS = ("torch", "torchvision", "numpy", "scipy", "matplotlib", "pycocotools", "pillow", "jaxtyping", "ipywidgets")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
-
-# --- directives ---------------------------------------------------------------------------------------------------
-TAGS = {
-    ("hide", ""): ["remove-cell"],
-    ("export", ""): ["export"],
-    ("exporti", ""): ["export"],
-    ("exports", ""): ["export"],
-    ("echo", "false"): ["remove-input"],
-    ("echo", "true"): [],
-    ("output", "false"): ["remove-output"],
-    ("include", "false"): ["remove-cell"],
-    ("eval", "false"): ["skip-execution"],
-    ("slow", ""): ["skip-execution"],
-    ("gpu", ""): ["skip-execution"],
-    ("code-fold", "true"): ["hide-input"],
-    ("code-fold", "false"): [],
-    ("alone", ""): [],  # measures time: tools/execute.py runs nothing beside it
-}
-TEXTS = ("label", "fig-cap", "fig-alt", "reads", "default_exp")
-_DIRECTIVE = re.compile(r"^\s*#\s*\|\s*(.*?)\s*$")
-
-
-def split_directives(source: str) -> tuple[list[tuple[str, str]], str]:
-    """The directives at the head of a code cell as (name, value) pairs, and the rest of the cell."""
-    lines, found = source.splitlines(), []
-    while lines and (match := _DIRECTIVE.match(lines[0])):
-        name, _, value = match[1].partition(":") if ":" in match[1] else match[1].partition(" ")
-        found.append((name.strip(), value.strip().strip("\"'")))
-        lines.pop(0)
-    return found, "\n".join(lines).lstrip("\n") if found else source
-
-
-def apply_directives(cell: nbformat.NotebookNode) -> list[str]:
-    """Turn the directives of one code cell into tags and figure options; returns the files that it says it reads.
-
-    Args:
-        cell: A code cell, changed in place.
-
-    Raises:
-        ValueError: If a directive is not one of ours.
-    """
-    directives, cell.source = split_directives(cell.source)
-    tags, figure, alt, reads = list(cell.metadata.get("tags", [])), {}, None, []
-    for name, value in directives:
-        if name == "label":
-            figure["name"] = value
-        elif name == "fig-cap":
-            figure["caption"] = value
-        elif name == "fig-alt":
-            alt = value
-        elif name == "reads":
-            reads += value.split()
-        elif name == "default_exp":
-            tags.append("remove-cell")
-        elif (name, value) in TAGS:
-            tags += TAGS[name, value]
-        else:
-            known = ", ".join(sorted({n for n, _ in TAGS} | set(TEXTS)))
-            raise ValueError(f"unknown directive '#| {name} {value}' (known: {known})")
-    if "name" in figure and "caption" not in figure:
-        raise ValueError(f"'#| label: {figure['name']}' needs a '#| fig-cap: ...' beside it")
-    if "nbdev_export" in cell.source:  # building the book must never rewrite the library
-        cell.source = ""
-        tags.append("remove-cell")
-    if not cell.source.strip():
-        tags.append("remove-cell")
-    options = ({"figure": figure} if figure else {}) | ({"image": {"alt": alt}} if alt else {})
-    if options:
-        cell.metadata["mystnb"] = options
-    if tags:
-        cell.metadata["tags"] = list(dict.fromkeys(tags))
-    return reads
-
 
 # --- what a notebook depends on -----------------------------------------------------------------------------------
 def parse_cell(source: str) -> ast.Module:
@@ -287,6 +235,15 @@ def keep_stills(app, doctree) -> None:
 
 
 # --- the map of the chapters -----------------------------------------------------------------------------------------
+class page_html(nodes.General, nodes.Element):
+    """HTML that stands on many pages; unlike `nodes.raw`, its words do not lead the search to each of them."""
+
+
+def write_html(translator, node) -> None:
+    translator.body.append(node["html"])
+    raise nodes.SkipNode
+
+
 class chapter_map(nodes.General, nodes.Element):
     """Where the map stands until the addresses of the pages are known."""
 
@@ -316,7 +273,136 @@ def place_map(app, doctree, docname) -> None:
             LOGGER.warning(f"the map has no chapter '{place['lit']}' to light", location=place)
         links = {chapter.page: app.builder.get_relative_uri(docname, chapter.page) or "#" for chapter in chapters}
         svg = draw_map(parts, place["text"], place["lit"], links)
-        place.replace_self(nodes.raw("", f'<div class="chapter-map">{svg}</div>', format="html"))
+        place.replace_self(page_html(html=f'<div class="chapter-map">{svg}</div>'))
+
+
+# --- the reading paths --------------------------------------------------------------------------------------------
+def page_titles(site_map) -> dict[str, str]:
+    """The notebooks of the table of contents and their titles there."""
+    return {page: site_map[page].title or page for page in site_map if (ROOT / f"{page}.ipynb").exists()}
+
+
+@lru_cache(None)
+def minutes_of(path: Path, changed: int) -> int:
+    """How long a notebook takes to read; `changed` says when it was written."""
+    return read_amount(path).minutes
+
+
+def page_minutes(page: str) -> int:
+    path = ROOT / f"{page}.ipynb"
+    return minutes_of(path, path.stat().st_mtime_ns)
+
+
+class reading_line(nodes.General, nodes.Element):
+    """Where the line of a page stands until the addresses of the pages are known."""
+
+
+def add_line(app, doctree) -> None:
+    """Make room for the line of a notebook, below its title and the promise that follows the title."""
+    page, section = app.env.docname, next(doctree.findall(nodes.section), None)
+    if section is not None and page in page_titles(app.env.external_site_map):
+        head = (nodes.title, nodes.block_quote)
+        place = next((i for i, child in enumerate(section) if not isinstance(child, head)), len(section))
+        section.insert(place, reading_line(page=page))
+
+
+def stop_in_words(stop: Stop, link) -> str:
+    """One path on the line of a page that stands on it."""
+    then = f"next {link(stop.next)}" if stop.next else "the last page"
+    return f"On the path {link(None, stop.path)}: {stop.number} of {stop.count}, {then}."
+
+
+def line_of(page: str, site_map, link) -> list[str]:
+    """What the line of a page says: its minutes, and its place on the paths or why it has none.
+
+    Args:
+        page: the page.
+        site_map: the table of contents.
+        link: gives a link to a page, or to a path of the front page.
+    """
+    if "/solutions/" in page:
+        chapter = page.replace("/solutions/", "/")
+        return [f"Solutions of {link(chapter)}: try the exercises first."] if chapter in site_map else []
+    part = next((caption for caption, pages in pages_by_part(site_map) if page in pages), "")
+    stops = [stop_in_words(stop, link) for stop in stops_of(page, page_titles(site_map))]
+    return [f"About {page_minutes(page)} minutes.", *(stops or [ASIDES.get(part, ASIDE)])]
+
+
+def write_lines(app, doctree, docname) -> None:
+    """Write the lines of the pages that a document consists of."""
+    site_map = app.env.external_site_map
+
+    def link(page: str | None, path: ReadingPath | None = None) -> str:
+        address = app.builder.get_relative_uri(docname, page or site_map.root.docname)
+        if path:
+            return f'<a href="{escape(address.partition("#")[0])}#{path.anchor}">{escape(path.name)}</a>'
+        return f'<a href="{escape(address or "#")}">{escape(site_map[page].title or page)}</a>'
+
+    for place in list(doctree.findall(reading_line)):
+        parts = "".join(f"<span>{words}</span> " for words in line_of(place["page"], site_map, link))
+        html = f'<nav class="reading-line" aria-label="Reading paths">{parts.rstrip()}</nav>' if parts else ""
+        place.replace_self(page_html(html=html))
+
+
+class FrontPageDirective(SphinxDirective):
+    """What lists pages of the table of contents with their minutes; it is written anew when one of them changes."""
+
+    has_content = True
+
+    def pages(self) -> tuple[dict[str, str], dict[str, int]]:
+        """The titles and the minutes of the pages that take time to read."""
+        titles = page_titles(self.env.external_site_map)
+        titles = {page: title for page, title in titles.items() if "/solutions/" not in page}
+        for source in (self.config.external_toc_path, READING, *(f"{page}.ipynb" for page in titles)):
+            self.env.note_dependency(str(ROOT / source))
+        return titles, {page: page_minutes(page) for page in titles}
+
+    def read(self, markdown: str) -> list[nodes.Node]:
+        return self.parse_text_to_nodes(markdown)
+
+
+class PathList(FrontPageDirective):
+    """`{reading-path} name`: the pages of a path in their order."""
+
+    has_content = False
+    required_arguments = 1
+    final_argument_whitespace = True
+
+    def run(self) -> list[nodes.Node]:
+        path = next((path for path in PATHS if path.name == self.arguments[0]), None)
+        if path is None:
+            raise self.error(f"no reading path '{self.arguments[0]}': reading.py has {[path.name for path in PATHS]}")
+        return self.read(path_list(path, *self.pages(), self.env.docname))
+
+
+class PageTable(FrontPageDirective):
+    """`{page-table}`: a table of the pages that the lines name, `nbs/09_matcher: what you can do after it`."""
+
+    def run(self) -> list[nodes.Node]:
+        rows = [(page, words.strip()) for page, _, words in (line.partition(":") for line in self.content)]
+        return self.read(page_table(rows, *self.pages(), self.env.docname))
+
+
+class WholeTime(FrontPageDirective):
+    """`{reading-time}`: a sentence with `TIME` in it, which becomes the time that all pages take together."""
+
+    def run(self) -> list[nodes.Node]:
+        return self.read(" ".join(self.content).replace("TIME", in_words(sum(self.pages()[1].values()))))
+
+
+def forward(app, error) -> None:
+    """Lead on from the addresses of pages that moved."""
+    if error is None and app.builder.name == "html":
+        for old, new in MOVED.items():
+            if new in app.env.found_docs and old not in app.env.found_docs:
+                goal = f"{relpath(new, dirname(old))}.html"
+                place = Path(app.outdir) / f"{old}.html"
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_text(f'''<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>This page has moved</title>
+<meta http-equiv="refresh" content="0; url={goal}"><link rel="canonical" href="{goal}"></head>
+<body><p>This page has moved: <a href="{goal}">{app.env.titles[new].astext()}</a>.</p></body></html>
+''')
 
 
 # --- names of the library -----------------------------------------------------------------------------------------
@@ -417,6 +503,8 @@ def plan(app, env, docnames) -> None:
 def note_sources(app, docname, source) -> None:
     """Make the page depend on what its notebook depends on; a build after an edit of the library reads it again."""
     if app.env.doc2path(docname).endswith(".ipynb"):
+        for path in (app.config.external_toc_path, READING):  # of its line; nothing is executed for them
+            app.env.note_dependency(str(ROOT / path))
         try:
             files = prepare(source[0])[1]
         except ValueError as error:
@@ -453,6 +541,14 @@ def setup(app):
     app.add_node(chapter_map)
     app.add_directive("chapter-map", ChapterMap)
     app.connect("doctree-resolved", place_map)
+    app.add_node(page_html, html=(write_html, None))
+    app.add_node(reading_line)
+    app.add_directive("reading-path", PathList)
+    app.add_directive("page-table", PageTable)
+    app.add_directive("reading-time", WholeTime)
+    app.connect("doctree-read", add_line)
+    app.connect("doctree-resolved", write_lines)
+    app.connect("build-finished", forward)
     app.connect("doctree-read", keep_stills, priority=800)
     app.connect("doctree-read", link_names)
     app.connect("doctree-read", link_module)
