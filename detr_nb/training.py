@@ -293,15 +293,7 @@ def loop(
 @dataclass
 class Schedule(Callback):
     """Rates, the weight of the cross-entropy and the scale of the pictures at each
-    point of a run.
-
-    Args:
-        criterion: whose weight `loss_ce` changes.
-        warmup: share of the run in which the rate rises.
-        drops: shares of the run after which the rate is a tenth.
-        weights: the weight of the cross-entropy at the start and at the end.
-        scales: pairs (share of the run, scale of the pictures until then).
-    """
+    point of a run."""
 
     criterion: SetCriterion
     warmup: Number = 0.03
