@@ -22,8 +22,14 @@ from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 from torchvision.ops import box_convert, box_iou
 
-from detr_nb import shapes
-from detr_nb.cache import render_scenes
+from detr_nb import cache, shapes
+from detr_nb.cache import (
+    DRAWING,
+    FINGERPRINTS,
+    drawing_fingerprint,
+    render_scenes,
+    series_key,
+)
 from detr_nb.formats import coco_json, write_coco
 from detr_nb.shapes import (
     DEFAULT,
@@ -228,7 +234,7 @@ def test_an_empty_series(tmp_path):
 def test_a_drawn_series_is_not_drawn_again(tmp_path, monkeypatch):
     scenes = Scenes(SMALL, 3, 0)
     images, _ = render_scenes(scenes, tmp_path / "made" / "here")
-    monkeypatch.setattr(shapes, "write_cache", None)
+    monkeypatch.setattr(cache, "write_cache", None)
     again, _ = render_scenes(scenes, tmp_path / "made" / "here")
     assert torch.equal(images, again)
     with pytest.raises(TypeError):
@@ -240,38 +246,75 @@ def faint(rng, strength: float, height: int, width: int):
     return np.zeros((height, width, 1), np.float32)
 
 
-@pytest.mark.parametrize("what", ["drawing code", "outline", "Pillow", "NumPy"])
-def test_a_change_of_whatever_draws_makes_a_new_cache(what, tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["drawing code", "outline", "target"])
+def test_a_series_that_would_be_drawn_otherwise_today_is_drawn_again(what, tmp_path, monkeypatch):
+    """Also where somebody forgot to raise the version."""
     scenes = Scenes(SMALL, 3, 0)
     render_scenes(scenes, tmp_path, 1)
-    if what == "drawing code":
-        monkeypatch.setattr(shapes, "texture", faint)
-    elif what == "outline":
-        monkeypatch.setitem(shapes.SHAPES, "circle", [shapes.regular(5)])
+    change(what, monkeypatch)
+    with pytest.warns(UserWarning, match="add 1 to DRAWING"):
+        images, targets = render_scenes(scenes, tmp_path, 1)
+    assert len(list(tmp_path.iterdir())) == 2
+    for drawn, read, (image, target) in zip(images, targets, scenes, strict=True):
+        assert torch.equal(drawn, image) and same(read, target)
+    monkeypatch.setattr(cache, "write_cache", None)
+    render_scenes(scenes, tmp_path, 1)  # opened, not drawn, and without a warning
+
+
+@pytest.mark.parametrize("what", ["version", "Pillow", "NumPy"])
+def test_another_version_makes_a_new_cache(what, tmp_path, monkeypatch):
+    render_scenes(Scenes(SMALL, 3, 0), tmp_path, 1)
+    if what == "version":
+        monkeypatch.setattr(cache, "DRAWING", DRAWING + 1)
     else:
         monkeypatch.setattr({"Pillow": PIL, "NumPy": np}[what], "__version__", "0.0")
-    images, _ = render_scenes(scenes, tmp_path, 1)
-    assert len(list(tmp_path.glob("*.npy"))) == 2
-    assert all(torch.equal(image, item) for image, (item, _) in zip(images, scenes, strict=True))
+    render_scenes(Scenes(SMALL, 3, 0), tmp_path, 1)
+    assert len(list(tmp_path.glob("*.npy"))) == len(list(tmp_path.glob("*.pt"))) == 2
 
 
-def test_every_function_that_draws_is_in_the_digest(monkeypatch):
-    """What is called while a scene is drawn, as Python's own tracer saw it, is part of the source."""
-    called = set()
+def test_the_key_holds_whatever_decides_a_series():
+    other = {"size": 64, "classes": 5, "min_objects": 2, "max_objects": 9, "min_side": 0.1, "max_side": 0.4,
+             "max_overlap": 0.2, "clutter": 5, "contrast": 0.3, "noise": 0.02, "stripes": 0.04}
+    assert other.keys() == vars(DEFAULT).keys()
+    series = [Scenes(replace(DEFAULT, **{name: value}), 2, 0) for name, value in other.items()]
+    series += [Scenes(DEFAULT, 2, 0), Scenes(DEFAULT, 3, 0), Scenes(DEFAULT, 2, 1), Scenes(DEFAULT, 2, 0, masks=True)]
+    assert len({series_key(one) for one in series}) == len(series)
 
-    def watch(frame, event, _):
-        if event == "call" and frame.f_globals.get("__name__") == shapes.__name__:
-            called.add(frame.f_code.co_name)
 
-    sys.setprofile(watch)
-    try:
-        for index in range(5):
-            shapes.unpack_scene(make_scene(HARD, 0, index), index, True)
-    finally:
-        sys.setprofile(None)
-    named = {name for name in called if not name.startswith("<")}
-    assert {"paint", "texture", "overlap"} <= named
-    assert all(f"def {name}(" in shapes.drawing_source() for name in named)
+@pytest.mark.skipif(PIL.__version__ not in FINGERPRINTS, reason="what this Pillow draws was never written down")
+def test_the_pixels_are_those_of_the_written_version():
+    """Whoever changes what is drawn adds 1 to DRAWING in chapter 83, and writes the new fingerprint there."""
+    assert drawing_fingerprint() == FINGERPRINTS[PIL.__version__]
+
+
+@pytest.fixture(scope="module")
+def drawn_now():
+    return drawing_fingerprint()
+
+
+def change(what, monkeypatch):
+    """Make the scenes differ in one respect."""
+    name, other = {
+        "drawing code": ("texture", faint),
+        "target": ("xyxy_to_cxcywh", lambda boxes: boxes),
+        "background": ("smooth_field", lambda rng, size, cells: np.zeros((size, size, 3), np.float32)),
+        "clutter": ("add_clutter", lambda rng, image, config: None),
+        "colour": ("contrasting_colour", lambda rng, under, contrast: rng.random(3, dtype=np.float32)),
+        "edges": ("coverage", lambda *window, draw=shapes.coverage: draw(*window, fine=2)),
+        "layout": ("overlap", lambda a, b: 0.0),
+    }.get(what, (None, None))
+    if name:
+        monkeypatch.setattr(shapes, name, other)
+    else:
+        monkeypatch.setitem(shapes.SHAPES, "circle" if what == "outline" else what, [shapes.regular(5)])
+
+
+@pytest.mark.parametrize(
+    "what", ["drawing code", "target", "background", "clutter", "colour", "edges", "layout", *NAMES]
+)
+def test_the_fingerprint_notices_every_part_of_the_drawing(what, drawn_now, monkeypatch):
+    change(what, monkeypatch)
+    assert drawing_fingerprint() != drawn_now
 
 
 def test_who_writes_into_cached_images_does_not_change_the_file(tmp_path):
@@ -292,7 +335,6 @@ def test_an_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(shapes, "make_scene", interrupted)
-        patch.setattr(shapes, "series_key", lambda scenes: "key")
         with pytest.raises(KeyboardInterrupt):
             render_scenes(Scenes(SMALL, 4, 0), tmp_path, 1)
         assert not list(tmp_path.iterdir())
@@ -303,7 +345,8 @@ def test_an_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
 def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
     pytest.importorskip("resource", reason="file size limits exist on POSIX systems only")
     code = (
-        "import resource, sys; from detr_nb.shapes import *; resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000));"
+        "import resource, sys; from detr_nb.cache import render_scenes; from detr_nb.shapes import *;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000));"
         "render_scenes(Scenes(SceneConfig(), 4, 0), sys.argv[1], 1)"
     )
     run = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
