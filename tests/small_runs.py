@@ -114,7 +114,7 @@ def gradients(config: TrainConfig, parts: int, mean_of_means: bool = False) -> d
     run = create_run(config, train_set, team)
     batch = next(train_set.loader(7, 0).epoch(0, share=(team.process_index, team.num_processes)))
     groups = [[part] for part in batch.split(parts)] if mean_of_means else [batch.split(parts)]
-    with ready_to_train(run) as model:
+    with ready_to_train(run.model, team) as model:
         for group in groups:
             losses = accumulate_gradients(model, build_criterion(config, run.model), group, team)
     gradient = torch.cat([p.grad.flatten() for p in run.model.parameters()]) / len(groups)

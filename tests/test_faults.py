@@ -14,21 +14,16 @@ import pytest
 import small_runs
 import torch
 from small_runs import CONFIG, Deadly, Drawn, series, wait_for
-from tqdm.auto import tqdm
 
+import detr_nb.training as training
 from detr_nb.checks import DataError
 from detr_nb.formats import CocoData, CocoDataset, Sizes, write_coco
 from detr_nb.loading import Augmented, MemoryDataset, batches
 from detr_nb.matcher import NotFinite
 from detr_nb.runs import save_atomically
 from detr_nb.shapes import EASY, Scenes
-from detr_nb.training import (
-    build_criterion,
-    check_before,
-    create_run,
-    fit,
-    train_until_done,
-)
+from detr_nb.steps import checked_step
+from detr_nb.training import build_criterion, check_before, create_run, fit
 
 SHORT = replace(CONFIG, steps=6, evaluations=1, log_every=2, ema=0)
 
@@ -167,17 +162,19 @@ def poisoned(stream, when: set[int], kind: float):
         yield batch
 
 
-def fit_poisoned(config, when, kind=float("nan")):
-    train, val = config.data.load()
-    run = create_run(config, train)
-    stream = poisoned(batches(train.loader(config.batch_size, config.seed), 0), when, kind)
-    with tqdm(disable=True) as bar:
-        train_until_done(run, build_criterion(config, run.model), stream, val, bar)
+@pytest.fixture
+def fit_poisoned(monkeypatch):
+    """A run that meets bad batches."""
+    def run(config, when, kind=float("nan")):
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "batches", lambda *args: poisoned(batches(*args), when, kind))
+            return fit(config)
+
     return run
 
 
 @pytest.mark.parametrize("kind", [float("nan"), float("inf")])
-def test_a_bad_pixel_stops_the_run_before_the_weights_and_names_the_images(kind, tmp_path):
+def test_a_bad_pixel_stops_the_run_before_the_weights_and_names_the_images(kind, tmp_path, fit_poisoned):
     config = replace(SHORT, folder=str(tmp_path), save_every=0)
     ids = [int(t["image_id"]) for t in next(iter(config.data.load()[0].loader(4, 0).epoch(0, start=3))).targets]
     said = rf"step 3: the first tensor that is not finite: images\. The batch: {', '.join(f'image {i}' for i in ids)}\."
@@ -188,7 +185,7 @@ def test_a_bad_pixel_stops_the_run_before_the_weights_and_names_the_images(kind,
     assert fit(config).step == 6  # the same run, without the poison, goes on
 
 
-def test_bad_batches_are_skipped_as_often_as_was_allowed(capsys):
+def test_bad_batches_are_skipped_as_often_as_was_allowed(capsys, fit_poisoned):
     run = fit_poisoned(replace(SHORT, skip_not_finite=2), {1, 4})
     assert (run.step, run.skipped) == (6, 2) and "skipped (2 of at most 2): step 4" in capsys.readouterr().err
     assert all(value.isfinite().all() for value in run.model.state_dict().values())
@@ -197,12 +194,12 @@ def test_bad_batches_are_skipped_as_often_as_was_allowed(capsys):
 
 
 def test_a_gradient_that_overflows_is_named_by_its_parameter():
-    train, val = SHORT.data.load()
-    run, stream = create_run(SHORT, train), batches(train.loader(4, 0), 0)
+    run = create_run(SHORT, SHORT.data.load()[0])
     run.model.queries.embedding.weight.register_hook(lambda gradient: gradient * float("inf"))
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
-    with pytest.raises(NotFinite, match=r"gradient of queries\.embedding\.weight"), tqdm(disable=True) as bar:
-        train_until_done(run, build_criterion(SHORT, run.model), stream, val, bar)
+    batch = next(SHORT.data.load()[0].loader(4, 0).epoch(0))
+    with pytest.raises(NotFinite, match=r"gradient of queries\.embedding\.weight"):
+        checked_step(run, run.model, build_criterion(SHORT, run.model), [batch], SHORT.clip)
     assert all(torch.equal(value, run.model.state_dict()[name]) for name, value in before.items())
 
 

@@ -1,9 +1,13 @@
 """Training against torch's own optimisers, and runs that are stopped, resumed, timed and refused."""
 
+import inspect
 import json
+import re
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +17,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.testing import assert_close
 from torchvision.transforms import v2
-from tqdm.auto import tqdm
 
-import detr_nb.muon as muon
+import detr_nb.loading as loading
+import detr_nb.optimizer as optimizer
+import detr_nb.runs as runs
+import detr_nb.steps as steps
 import detr_nb.training as chapter
 from detr_nb.config import config_text
 from detr_nb.data import Batch, Preprocess, pad_images
@@ -23,21 +29,23 @@ from detr_nb.loading import Augmented, DataConfig, MemoryLoader, ShapesData, bat
 from detr_nb.losses import SetCriterion
 from detr_nb.model import TinyModel, detr_resnet18, detr_tiny
 from detr_nb.optimizer import Muon, matrices, optimizer_groups, orthogonalise
-from detr_nb.runs import save_atomically
+from detr_nb.runs import Callback, Checkpoint, Length, Log, Run, save_atomically
 from detr_nb.shapes import EASY
+from detr_nb.steps import accumulate_gradients, ready_to_train
 from detr_nb.training import (
+    Evaluation,
+    Schedule,
     TrainConfig,
     build_criterion,
     create_run,
     fit,
     geometric_decay,
+    loop,
     rate_factor,
     read_config,
     resize_batch,
     scale_at,
-    set_pace,
     train_step,
-    train_until_done,
 )
 
 SMALL = TinyModel(num_queries=4, hidden_dim=16, nheads=2, dec_layers=2, dim_feedforward=16)
@@ -93,7 +101,7 @@ def test_a_matrix_of_zeros_stays_zero():
 def test_muon_is_torchs_muon_with_the_same_polynomial(shape, monkeypatch):
     coefficients = (3.4445, -4.775, 2.0315)
     once = orthogonalise
-    monkeypatch.setattr(muon, "orthogonalise", lambda x, dtype: once(x, torch.bfloat16, (coefficients,) * 5))
+    monkeypatch.setattr(optimizer, "orthogonalise", lambda x, dtype: once(x, torch.bfloat16, (coefficients,) * 5))
     torch.manual_seed(0)
     ours, theirs = (nn.Parameter(x) for x in [torch.randn(shape)] * 2)
     theirs = nn.Parameter(ours.detach().clone())
@@ -182,12 +190,12 @@ def test_a_rate_of_zero_is_refused():
         optimizer_groups(detr_tiny(), 0, 0, 5e-3)
 
 
-def test_the_pace_reaches_rates_and_loss(scenes):
-    run = create_run(replace(CONFIG, steps=4, weight_ce=4, final_weight_ce=1), scenes[0])
+def test_the_schedule_reaches_rates_loss_and_pictures(scenes):
+    run = create_run(replace(CONFIG, steps=4), scenes[0])
     criterion = build_criterion(run.config, run.model)
     run.step = 2
-    set_pace(run, criterion)
-    assert criterion.last_layer_weights["loss_ce"] == pytest.approx(2)
+    Schedule(criterion, weights=(4, 1), scales=((0.4, 0.5), (0.8, 0.75))).before_step(run)
+    assert criterion.last_layer_weights["loss_ce"] == pytest.approx(2) and run.scale == 0.75
     assert criterion.weights["loss_ce"] == criterion.weights["loss_ce_1"] == criterion.last_layer_weights["loss_ce"]
     assert all(g["lr"] == pytest.approx(g["highest_lr"] * 0.5 / 0.97) for g in run.optimizer.param_groups)
 
@@ -212,6 +220,84 @@ def test_pictures_grow_over_the_run():
     assert scale_at(0, ()) == 1
 
 
+# --- the loop and its callbacks -----------------------------------------------------------------------------------
+class Noted(Callback):
+    """Writes down what it is called for."""
+
+    def __init__(self, name: str, seen: list):
+        self.name, self.seen = name, seen
+
+    @contextmanager
+    def around(self, run):
+        self.seen.append(f"{self.name} opens")
+        try:
+            yield
+        finally:
+            self.seen.append(f"{self.name} closes")
+
+    def before_step(self, run):
+        self.seen.append(f"{self.name} before {run.step}")
+
+    def after_step(self, run, losses):
+        self.seen.append(f"{self.name} after {run.step}")
+
+
+def toy_run(steps: int = 2, **changes: object) -> Run:
+    """A run of a model that is none."""
+    model = nn.Linear(1, 1)
+    return Run(CONFIG, model, torch.optim.SGD(model.parameters()), None, length=Length(steps), **changes)
+
+
+def test_callbacks_are_called_in_order_and_closed_however_the_loop_ends():
+    seen = []
+    two = [Noted("a", seen), Noted("b", seen)]
+    loop(toy_run(1), lambda batch: seen.append(f"step on {batch}"), iter("xyz"), two)
+    opened, closed = ["a opens", "b opens"], ["b closes", "a closes"]
+    assert seen == [*opened, "a before 0", "b before 0", "step on x", "a after 1", "b after 1", *closed]
+    seen.clear()
+    with pytest.raises(ZeroDivisionError):
+        loop(toy_run(), lambda batch: 1 / 0, iter("xyz"), two)
+    assert seen == [*opened, "a before 0", "b before 0", *closed]
+
+
+def test_a_run_that_is_told_to_stop_or_is_over_takes_no_step():
+    over = toy_run()
+    over.step = 2
+    for run in (over, toy_run(stopping=True)):
+        loop(run, pytest.fail, iter("x"), [])
+
+
+@pytest.mark.parametrize("times", [0, 1, 3, 7])
+def test_evaluations_are_evenly_spread_and_the_last_is_at_the_end(times, scenes, monkeypatch):
+    run, log = toy_run(21), Log(every=10**6)
+    monkeypatch.setattr(chapter, "evaluate_at", lambda *_: {"AP": float(run.step)})
+    measured = Evaluation(scenes[1], times)
+    loop(run, lambda batch: {"total": torch.ones(())}, iter(range(21)), [measured, log])
+    assert [row["metrics"]["AP"] for row in run.history] == [21 * i // times for i in range(1, times + 1)]
+
+
+def test_a_checkpoint_is_due_by_the_clock_at_the_end_and_when_told(monkeypatch):
+    saved = []
+    monkeypatch.setattr(runs, "save_run", lambda run: saved.append(run.step))
+    run, checkpoint = toy_run(5, seconds=100.0), Checkpoint(every=10)
+    with checkpoint.around(run):
+        for seconds in (105, 110, 115, 119, 119):
+            run.step, run.seconds = run.step + 1, float(seconds)
+            checkpoint.after_step(run, None)
+        assert saved == [2, 5]
+        run.step, run.stopping = 3, True
+        checkpoint.after_step(run, None)
+    assert saved == [2, 5, 3]
+
+
+def test_nothing_but_fit_and_what_writes_it_down_reads_the_configuration():
+    for module in (runs, steps):
+        found = re.findall(r"\bconfig\.(\w+)", Path(module.__file__).read_text())
+        assert set(found) <= {"flat", "yaml", "seed"}  # as a whole, the name of the file, and `describe_run`
+    source = inspect.getsource(loop) + inspect.getsource(Schedule) + inspect.getsource(Evaluation)
+    assert "config" not in source
+
+
 # --- steps --------------------------------------------------------------------------------------------------------
 def test_bfloat16_leaves_losses_and_weights_in_float32_and_near(scenes):
     batch = next(MemoryLoader(scenes[0], 4, 0).epoch(0))
@@ -230,29 +316,30 @@ def test_bfloat16_leaves_losses_and_weights_in_float32_and_near(scenes):
 
 
 # --- runs that stop -----------------------------------------------------------------------------------------------
-def fit_until(config: TrainConfig, after: int) -> None:
+@pytest.fixture
+def fit_until(monkeypatch):
     """A run whose data end with an error after some steps."""
-    def ends(stream):
+    def ends(stream, after):
         yield from islice(stream, after)
         raise ConnectionError("the plug was pulled")
 
-    train, val = config.data.load()
-    run = create_run(config, train)
-    stream = ends(batches(train.loader(config.batch_size, config.seed), run.step))
-    with tqdm(disable=True) as bar:
-        train_until_done(run, build_criterion(config, run.model), stream, val, bar)
+    def run(config: TrainConfig, after: int) -> None:
+        with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+            patch.setattr(chapter, "batches", lambda *args: ends(batches(*args), after))
+            fit(config)
+
+    return run
 
 
 SEVERAL = [pytest.param(stops, CONFIG.data, marks=pytest.mark.slow) for stops in ((5,), (2, 3), (0, 1, 1))]
 
 
 @pytest.mark.parametrize(("stops", "data"), [((5,), Cropped()), *SEVERAL])
-def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(stops, data, tmp_path):
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(stops, data, tmp_path, fit_until):
     whole = fit(replace(CONFIG, data=data))
     config = replace(whole.config, folder=str(tmp_path / "run"), save_every=0)
     for after in stops:
-        with pytest.raises(ConnectionError):
-            fit_until(config, after)
+        fit_until(config, after)
     resumed = fit(config)
     assert resumed.step == whole.step == 6
     assert torch.equal(weights(resumed.model), weights(whole.model))
@@ -302,7 +389,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(chapter.os, "fsync", full)
+    monkeypatch.setattr(runs.os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
         save_atomically({"step": 2}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
@@ -315,7 +402,7 @@ def test_evaluation_is_not_on_the_clock(monkeypatch):
         time.sleep(0.5)
         return {"AP": 0.0, "AP50": 0.0}
 
-    monkeypatch.setattr(chapter, "evaluate", slow)
+    monkeypatch.setattr(loading, "evaluate", slow)
     begun = time.perf_counter()
     run = fit(replace(CONFIG, evaluations=3))
     assert sum("metrics" in row for row in run.history) == 3
@@ -351,22 +438,20 @@ def test_a_wrong_flag_is_named(words, reason, capsys):
 
 
 @pytest.mark.slow
-def test_how_a_run_is_carried_out_may_change_when_it_goes_on(tmp_path):
+def test_how_a_run_is_carried_out_may_change_when_it_goes_on(tmp_path, fit_until):
     config = replace(CONFIG, folder=str(tmp_path / "first"), save_every=0)
-    with pytest.raises(ConnectionError):
-        fit_until(config, after=3)
+    fit_until(config, after=3)
     (tmp_path / "first").rename(tmp_path / "second")
     moved = replace(config, folder=str(tmp_path / "second"), save_every=60, log_every=3)
     assert torch.equal(weights(fit(moved).model), weights(fit(CONFIG).model))
 
 
 @pytest.mark.slow
-def test_dropout_and_the_running_average_survive_a_stop(tmp_path):
+def test_dropout_and_the_running_average_survive_a_stop(tmp_path, fit_until):
     config = replace(CONFIG, model=replace(SMALL, dropout=0.3), ema=0.7)
     whole = fit(config)
     kept = replace(config, folder=str(tmp_path), save_every=0)
-    with pytest.raises(ConnectionError):
-        fit_until(kept, after=3)
+    fit_until(kept, after=3)
     resumed = fit(kept)
     assert torch.equal(weights(resumed.model), weights(whole.model)) and resumed.metrics.keys() == whole.metrics.keys()
     assert not torch.equal(weights(whole.model), weights(fit(replace(config, ema=0)).model))
@@ -382,9 +467,9 @@ def test_memory_is_traded_without_changing_the_run(how):
     gradients = []
     for run in runs:
         criterion = build_criterion(run.config, run.model)
-        with chapter.ready_to_train(run) as model:
+        with ready_to_train(run.model, run.accelerator, run.config.recompute) as model:
             run.model.memory.backbone.eval()
-            chapter.differentiate(model, criterion, batch.split(run.config.accumulate), run.accelerator)
+            accumulate_gradients(model, criterion, batch.split(run.config.accumulate), run.accelerator)
         gradients.append(torch.cat([p.grad.flatten() for p in run.model.parameters()]))
     assert_close(*gradients, rtol=1e-4, atol=1e-4 * float(gradients[0].abs().max()))
 
