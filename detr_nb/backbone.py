@@ -6,7 +6,6 @@
 __all__ = ['TinyBackbone', 'ResNet']
 
 # %% ../nbs/06_backbone.ipynb #b8040de7
-#| code-fold: true
 from itertools import pairwise
 from pathlib import Path
 
@@ -134,7 +133,6 @@ def append_coordinates(images: Float[Tensor, "b 3 y x"]) -> Float[Tensor, "b 5 y
     return torch.cat((images, rows, columns), 1)
 
 # %% ../nbs/06_backbone.ipynb #b178b818
-#| code-fold: true
 def imagenet_weights(name: str) -> dict[str, Tensor]:
     """Load the ImageNet weights that DETR starts from (torchvision's first version),
     without the classifier."""
@@ -152,7 +150,6 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if not key.startswith("fc.")}
 
 # %% ../nbs/06_backbone.ipynb #f01ded02
-#| code-fold: true
 def folded(
     conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Float[Tensor, "b c y x"]
 ) -> Float[Tensor, "b c2 y2 x2"]:
@@ -169,7 +166,6 @@ def folded(
     )
 
 # %% ../nbs/06_backbone.ipynb #f01ded05
-#| code-fold: true
 class Folded(nn.Module):
     """A residual block whose frozen norms are folded into its convolutions."""
 

@@ -463,10 +463,8 @@ def command_of(options: Bench) -> str:
     for field in fields(options):
         value = getattr(options, field.name)
         if field.name != "out" and value != field.default:
-            flag, parts = (
-                field.name.replace("_", "-"),
-                (value if isinstance(value, tuple) else (value,)),
-            )
+            flag = field.name.replace("_", "-")
+            parts = value if isinstance(value, tuple) else (value,)
             words += [f"--{'no-' * (value is False)}{flag}"] + [
                 str(p) for p in parts if not isinstance(p, bool)
             ]

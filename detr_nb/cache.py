@@ -6,7 +6,6 @@
 __all__ = ['render_scenes']
 
 # %% ../nbs/83_cache.ipynb #7e29cf81
-#| code-fold: true
 import hashlib
 import os
 import warnings
@@ -56,7 +55,7 @@ def draw_scenes(
 # One more whenever the same series gives other pixels, boxes or files than before.
 DRAWING = 1
 
-
+# %% ../nbs/83_cache.ipynb #6f4777e0
 def series_key(scenes: Scenes) -> str:
     """A name for a series that changes with whatever decides what its files hold."""
     series = (scenes.config, scenes.count, scenes.seed, scenes.masks)
@@ -67,7 +66,7 @@ def series_key(scenes: Scenes) -> str:
 # What version 1 draws, by version of Pillow: the two that were tried.
 FINGERPRINTS = {"10.4.0": "cba91583860f8e7b", "13.0.0": "377d4db75361c981"}
 
-
+# %% ../nbs/83_cache.ipynb #525f449a
 def drawing_fingerprint() -> str:
     """A digest of every pixel, label, box and mask of two scenes of each level."""
     digest = hashlib.sha256()

@@ -52,10 +52,8 @@ class Within:
         return low and (value < self.most if self.below else value <= self.most)
 
     def __str__(self) -> str:
-        low, high = (
-            "above" if self.above else "of at least",
-            ("below" if self.below else "at most"),
-        )
+        low = "above" if self.above else "of at least"
+        high = "below" if self.below else "at most"
         return f"{low} {self.least}" + (
             f" and {high} {self.most}" if self.most < inf else ""
         )

@@ -221,10 +221,8 @@ def download(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     missing = [archive for archive in archives if not is_there(archive, folder)]
-    sizes, need = (
-        ", ".join(f"{a.name} {in_words(a.size)}" for a in missing),
-        sum(2 * a.size for a in missing),
-    )
+    sizes = ", ".join(f"{a.name} {in_words(a.size)}" for a in missing)
+    need = sum(2 * a.size for a in missing)
     if missing and not quiet:
         print(f"to fetch: {sizes}; with the unpacked files {in_words(need)} on disk")
     have = sum(

@@ -289,10 +289,8 @@ class Layers(Explorable):
     def draw(self) -> None:
         """Draw the boxes of the first and of the last layer."""
         scene, titles = self.scenes[self.scene], ("first layer", "last layer")
-        ends, image = (
-            (scene["layers"][0], scene["layers"][-1]),
-            from_data_url(scene["image"]),
-        )
+        ends = (scene["layers"][0], scene["layers"][-1])
+        image = from_data_url(scene["image"])
         for title, layer, ax in zip(
             titles, ends, axes_grid(2, 2, 3.4, 3.4), strict=True
         ):
@@ -554,10 +552,8 @@ class Film(Explorable):
             (frames[0], frames[-1]), axes_grid(2, 2, 3.4, 3.4), strict=True
         ):
             matched = [query for query in frame["matched"] if query >= 0]
-            boxes, labels = (
-                torch.tensor(frame["boxes"])[matched],
-                torch.tensor(frame["labels"])[matched],
-            )
+            boxes = torch.tensor(frame["boxes"])[matched]
+            labels = torch.tensor(frame["labels"])[matched]
             show_image(
                 image,
                 boxes,

@@ -6,7 +6,6 @@
 __all__ = ['export_program', 'export_onnx']
 
 # %% ../nbs/21_export.ipynb #f9d95791
-#| code-fold: true
 import json
 from copy import deepcopy
 from pathlib import Path

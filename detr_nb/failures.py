@@ -49,7 +49,7 @@ class OffByOne(Damaged):
         labels = (target["labels"] + 1) % self.scenes.classes
         return Target(**{**target, "labels": labels})
 
-
+# %% ../nbs/22_failures.ipynb #3dc77350
 @dataclass(frozen=True)
 class Corners(Damaged):
     """Boxes are corners."""
@@ -58,7 +58,7 @@ class Corners(Damaged):
         """xyxy instead of cxcywh."""
         return Target(**{**target, "boxes": cxcywh_to_xyxy(target["boxes"])})
 
-
+# %% ../nbs/22_failures.ipynb #e8332991
 @dataclass(frozen=True)
 class Pixels(Damaged):
     """Boxes are in pixels."""

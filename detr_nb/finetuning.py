@@ -6,7 +6,6 @@
 __all__ = ['FineTuned', 'replace_head', 'resize_queries']
 
 # %% ../nbs/20_finetuning.ipynb #c1dd7871
-#| code-fold: true
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 

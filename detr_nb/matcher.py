@@ -6,7 +6,6 @@
 __all__ = ['assign', 'pad_targets', 'class_cost', 'NotFinite', 'HungarianMatcher']
 
 # %% ../nbs/09_matcher.ipynb #7ae98df7
-#| code-fold: true
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -50,7 +49,6 @@ class PaddedTargets(NamedTuple):
     counts: list[int]
 
 # %% ../nbs/09_matcher.ipynb #f9877248
-#| code-fold: true
 def name_of(target: Target, place: int) -> str:
     """What messages call an image: by its id, or by its place in the batch."""
     return (
@@ -60,7 +58,6 @@ def name_of(target: Target, place: int) -> str:
     )
 
 # %% ../nbs/09_matcher.ipynb #0f0d77e1
-#| code-fold: true
 def check_target(target: Target, place: int, numbers: int = 4) -> None:
     """Raise ValueError, naming the image, if labels and boxes do not fit together."""
     labels, boxes = target["labels"], target["boxes"]
@@ -119,12 +116,10 @@ CostTerm = Callable[[Output, PaddedTargets], Float[Tensor, "i b q t"]]
 Matches = list[Pairs]  # of each layer
 
 # %% ../nbs/09_matcher.ipynb #5e3f11ea
-#| code-fold: true
 class NotFinite(ValueError):
     """A prediction, a loss or a gradient is NaN or infinite."""
 
 # %% ../nbs/09_matcher.ipynb #b9302d2a
-#| code-fold: true
 def valid_targets(
     targets: PaddedTargets, classes: int, boxes: object | None = None
 ) -> Bool[Tensor, "b t"]:
@@ -237,7 +232,6 @@ class HungarianMatcher:
         ]
 
 # %% ../nbs/09_matcher.ipynb #5be62bb9
-#| code-fold: true
 def explain_predictions(out: Output) -> str:
     """Say where predictions are not finite, and likely causes; empty if all are."""
     for name, tensor in (("logits", out.logits), ("boxes", out.boxes)):
@@ -253,7 +247,6 @@ def explain_predictions(out: Output) -> str:
     return ""
 
 # %% ../nbs/09_matcher.ipynb #921eafd7
-#| code-fold: true
 def explain_target(
     target: Target, place: int, classes: int, boxes: object | None = None
 ) -> str:
@@ -279,7 +272,6 @@ def explain_target(
     return ""
 
 # %% ../nbs/09_matcher.ipynb #68cfaeb4
-#| code-fold: true
 def explain_bad_cost(
     out: Output, targets: Sequence[Target], classes: int, boxes: object | None = None
 ) -> str:

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['Number', 'expect_error', 'toy_image', 'Target', 'toy_targets', 'Prediction', 'Output', 'toy_output', 'Memory',
-           'QueryGroup', 'Queries', 'check_exercise', 'format_list', 'moved_names', 'forward_names']
+           'QueryGroup', 'Queries', 'check_exercise']
 
 # %% ../nbs/00_notation.ipynb #cell-006
-#| code-fold: true
 import json
 import re
 import traceback
@@ -299,7 +298,6 @@ class Memory(NamedTuple):
         return self._replace(x=self.x.masked_fill(self.pad[..., None], 0))
 
 # %% ../nbs/00_notation.ipynb #cell-069
-#| code-fold: true
 class QueryGroup(NamedTuple):
     """Queries that exist in training only, beside those that answer.
 
@@ -366,7 +364,6 @@ def check_exercise(check: Callable[..., object], *arguments: object) -> None:
         print("right")
 
 # %% ../nbs/00_notation.ipynb #f0a4a4d2
-#| code-fold: true
 def format_list(words: Mapping | Sequence, limit: int = 12) -> str:
     """The first few of many words, for a message."""
     shown = ", ".join(repr(word) for word in list(words)[:limit])
