@@ -209,7 +209,7 @@ class Run:
 
 # %% ../nbs/86_runs.ipynb #9fefa6d8
 def described(model: nn.Module) -> dict[str, object] | None:
-    """What chapter 08 says of a model's architecture; None if it cannot."""
+    """What chapter 81 says of a model's architecture; None if it cannot."""
     try:
         return describe(model)
     except ValueError:
