@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -529,7 +529,9 @@ def detect(model: nn.Module, batch: Batch, to_detections: Detect) -> list[Detect
     ]
 
 # %% ../nbs/11_evaluation.ipynb #0c2ea259
-def with_size(image: Tensor, target: Target) -> tuple[Tensor, Target]:
+def with_size(
+    image: Shaped[Tensor, "3 y x"], target: Target
+) -> tuple[Shaped[Tensor, "3 y x"], Target]:
     """The sample; a target that has no size has that of its image."""
     return image, {"size": tuple(image.shape[-2:]), **target}
 

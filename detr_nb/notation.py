@@ -373,7 +373,7 @@ def format_list(words: Mapping | Sequence, limit: int = 12) -> str:
 @cache
 def moved_names() -> dict[str, dict[str, str]]:
     """Where names of version 0.1 are now, by the module that held them."""
-    return json.loads(files("detr_nb").joinpath("static/moved.json").read_text("utf8"))
+    return json.loads(files("detr_nb").joinpath("moved.json").read_text("utf8"))
 
 
 def forward_names(module: str) -> Callable[[str], object]:

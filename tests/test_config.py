@@ -142,8 +142,8 @@ def test_every_kind_is_at_home_where_it_is_said_to_be(name):
     assert KINDS[name] is kind and kind.__module__ == HOMES[name] and issubclass(kind, Config) and kind.__doc__
 
 
-INSIDE = {"HandMade", "Filmed"}  # hold an object of Python's, for which a file has no words
-BROKEN = "detr_nb.clinic"  # configurations that are wrong on purpose, offered to nobody
+INSIDE = {"HandMade", "WeightSnapshots"}  # hold an object of Python's, for which a file has no words
+BROKEN = "detr_nb.failures"  # configurations that are wrong on purpose, offered to nobody
 
 
 @pytest.mark.parametrize("base", [BackboneConfig, DataConfig, ModelConfig])
@@ -170,14 +170,17 @@ def test_a_kind_is_imported_when_it_is_asked_for_and_nothing_else_is(tmp_path):
 def test_old_names_and_places_are_understood():
     assert Tool.read({"kind": "OldSaw", "teeth": 3}) == Saw(3) and Saw(3).plain()["kind"].endswith("Saw")
     assert BackboneConfig.read({"kind": "TinyBackbone", "widths": [8], "strides": [4]}) == TinyConfig((8,), (4,))
-    assert (DataConfig, ModelConfig) == (DataConfig, ModelConfig)
     old = {"class_path": "detr_nb.training.TinyModel", "init_args": {"num_queries": 5}}
     text = json.dumps({"model": old, "data": {"class_path": "detr_nb.training.ShapesData"}})
-    with pytest.warns(FutureWarning, match=r"training\.TinyModel has moved to detr_nb\.model: write TinyModel"):
+    with pytest.warns(FutureWarning) as said:
         assert text_config(TrainConfig, text).model == TinyModel(num_queries=5)
+    assert {str(warning.message) for warning in said} == {
+        "detr_nb.training.TinyModel has moved to detr_nb.model: write TinyModel",
+        "detr_nb.training.ShapesData has moved to detr_nb.loading: write ShapesData",
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        text_config(TrainConfig, json.dumps({"data": {"class_path": "detr_nb.training.ShapesData"}}))
+        text_config(TrainConfig, json.dumps({"data": {"class_path": "detr_nb.loading.ShapesData"}}))
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------

@@ -43,7 +43,8 @@ def exported(tmp_path_factory):
     for name, sources in (pages | {"solutions/family/34_dab": SOLUTION}).items():
         write_notebook(folder / "nbs" / f"{name}.ipynb", sources)
     (folder / "detr_nb").mkdir()
-    shutil.copy(ROOT / "detr_nb" / "__init__.py", folder / "detr_nb")
+    for name in (tool.BY_HAND, *tool.FORWARDS):
+        shutil.copy(ROOT / "detr_nb" / name, folder / "detr_nb")
     subprocess.run([Path(sys.executable).with_name("nbdev_export")], cwd=folder, check=True)
     return folder
 

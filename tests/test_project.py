@@ -373,7 +373,7 @@ def test_an_unknown_name_is_an_attribute_error():
 
 # --- names of the release before ----------------------------------------------------------------------------------
 EARLIER = json.loads((ROOT / "tests" / "data" / "names_before_moves.json").read_text("utf8"))
-MOVED = json.loads((PACKAGE / "static" / "moved.json").read_text("utf8"))
+MOVED = json.loads((PACKAGE / "moved.json").read_text("utf8"))
 
 
 @pytest.mark.parametrize("module", sorted(EARLIER))
