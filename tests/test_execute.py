@@ -32,7 +32,7 @@ def test_the_notebooks_of_the_book_are_listed_and_some_want_to_be_alone():
     listed = tool.listed()
     assert sorted(listed) == sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_" not in str(path))
     alone = [path.stem for path in listed if tool.wants_to_be_alone(path.read_text("utf8"))]
-    assert {"17_bench", "94_measuring", "01_train_on_shapes", "09_performance"} == set(alone)
+    assert {"17_bench", "94_measuring", "96_peers", "01_train_on_shapes", "09_performance"} == set(alone)
 
 
 IN_A_FOLDER = """

@@ -59,7 +59,7 @@ def project(exported, tmp_path, monkeypatch):
 
 def test_the_export_writes_a_package_whose_imports_are_relative(exported):
     files = {path.relative_to(exported / "detr_nb").as_posix() for path in (exported / "detr_nb").rglob("*.py")}
-    assert files == {"__init__.py", "_modidx.py", "boxes.py",
+    assert files == {"__init__.py", "_modidx.py", "muon.py", "boxes.py",
                      "family/__init__.py", "family/dab.py", "family/references.py"}
     text = (exported / "detr_nb" / "family" / "dab.py").read_text()
     assert "from ..boxes import area\n" in text and "from .references import POINT\n" in text
