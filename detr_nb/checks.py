@@ -58,7 +58,7 @@ class Problem(NamedTuple):
     def __str__(self) -> str:
         return f"{self.file}: {self.field} is {self.value} ({self.kind}): {self.remedy}"
 
-# %% ../nbs/82_checks.ipynb #613a6277
+# %% ../nbs/82_checks.ipynb #79ccd4c9
 class DataError(ValueError):
     """An entry of a dataset that cannot be used.
 

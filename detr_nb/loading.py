@@ -423,7 +423,7 @@ class MemoryLoader:
             mine = process_shard(chosen, share)
             yield turned_batch(self.dataset, mine, symmetry[mine])
 
-# %% ../nbs/84_loading.ipynb #36eb5cdc
+# %% ../nbs/84_loading.ipynb #97c34770
 class DataConfig(Config):
     """Where a run's data come from: a frozen dataclass, so that it can be printed,
     compared and written to a file."""
