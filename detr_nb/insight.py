@@ -111,7 +111,8 @@ def cells_of(
         if len(made.shapes) != 1:
             raise ValueError(
                 f"the memory has {len(made.shapes)} grids, {made.shapes}: weights over"
-                " them are no one picture; collect them with `capture_attention`, and cut them"
+                " them are no one picture; collect them with `capture_attention`, and"
+                " cut them"
                 " at the levels"
             )
         return made.xy, made.pad, made.shapes[0]
