@@ -347,9 +347,8 @@ def main(args: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subcommands(dest="command")
     for name, (kind, _) in COMMANDS.items():
-        commands.add_subcommand(
-            name, command_parser(kind), help=kind.__doc__.partition("\n")[0]
-        )
+        summary = " ".join(kind.__doc__.partition("\n\n")[0].split())
+        commands.add_subcommand(name, command_parser(kind), help=summary)
     found = parser.parse_args(args, defaults=False)
     kind, function = COMMANDS[found.command]
     given = from_yaml(found[found.command].as_dict())
