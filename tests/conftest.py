@@ -6,6 +6,7 @@ that look at pages: they share one browser.
 """
 
 import fcntl
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -74,6 +75,21 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first, so that both processes end at nearly the same time."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults", type=Path, help="a file for the outcome of every bad input that tests are marked with")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Note how the library took each bad input, one line of JSON for each mark and phase."""
+    report = yield
+    if (file := item.config.getoption("--faults")) and (report.when == "call" or report.outcome != "passed"):
+        with file.open("a") as notes:
+            for mark in item.iter_markers("fault"):
+                notes.write(json.dumps({"input": mark.args[0], "test": item.nodeid, "outcome": report.outcome}) + "\n")
+    return report
 
 
 @pytest.hookimpl(optionalhook=True)
