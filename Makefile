@@ -104,10 +104,10 @@ outputs: book ## write the outputs of that build into the notebooks, as GitHub s
 	@$(EXECUTE) --note
 
 colab: ## run the first cell and all notebooks with Colab's versions, in .venv-colab (an hour; not part of `make test`)
-	@python3 tools/environments.py colab
+	@python3 tools/environments.py colab $(if $(PYTHON),--python $(PYTHON))
 
 oldest: ## run all notebooks and the quick tests with the oldest versions allowed, in .venv-oldest (an hour)
-	@python3 tools/environments.py oldest
+	@python3 tools/environments.py oldest $(if $(PYTHON),--python $(PYTHON))
 
 clean-book:
 	@rm -rf $(BUILD)

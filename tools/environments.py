@@ -6,7 +6,8 @@
 
 Each environment is a folder of its own (.venv-colab, .venv-oldest), made the first time: several gigabytes and some
 minutes, an hour with all notebooks. Neither belongs to `make test`. Colab's versions stand in tools/colab.txt, the
-oldest in tools/oldest.txt. Colab has Python 3.13; where there is none, the Python that runs this is taken.
+oldest in tools/oldest.txt. Colab has Python 3.13; where there is none, the Python that runs this is taken, and
+`--python PATH` names another.
 """
 
 import argparse
@@ -36,8 +37,10 @@ def pinned(file: Path) -> list[str]:
 
 
 def find_python(name: str) -> str:
-    """Colab's own version of Python if this machine has it."""
-    return (shutil.which("python3.13") if name == "colab" else None) or sys.executable
+    """Colab's own version of Python if this machine has one that runs, else this one."""
+    wanted = shutil.which("python3.13") if name == "colab" else None
+    runs = wanted and subprocess.run([wanted, "-c", "import venv, ensurepip"], capture_output=True).returncode == 0
+    return wanted if runs else sys.executable
 
 
 def run(*words: object, **options: object) -> None:
@@ -45,12 +48,12 @@ def run(*words: object, **options: object) -> None:
     subprocess.run([str(word) for word in words], check=True, **options)
 
 
-def make_environment(name: str) -> Path:
+def make_environment(name: str, base: str | None) -> Path:
     """The Python of an environment with the listed versions, before our project is in it."""
     place, listed = ROOT / f".venv-{name}", constraints(name)
     python = place / "bin" / "python"
     if not (place / ".ready").exists():
-        run(find_python(name), "-m", "venv", "--clear", place)
+        run(base or find_python(name), "-m", "venv", "--clear", place)
         wanted = sorted({*pinned(listed), *BEFORE})
         run(python, "-m", "pip", "install", "--quiet", "--prefer-binary", "-c", listed, *wanted)
         (place / ".ready").touch()
@@ -84,9 +87,9 @@ def first_cell(python: Path, tree: Path, content: Path) -> Path:
     content.mkdir(parents=True)
     cells = json.loads((tree / "nbs" / "00_notation.ipynb").read_text("utf8"))["cells"]
     cell = next("".join(cell["source"]) for cell in cells if "!git clone" in "".join(cell["source"]))
-    address = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{tree.as_uri()}.insteadOf", "GIT_CONFIG_VALUE_0": HOME}
-    path = {"PATH": f"{python.parent}:{os.environ['PATH']}"}
-    run(python, "-c", FIRST.format(cell=cell), cwd=content, env={**os.environ, **address, **path})
+    address = {"GIT_CONFIG_KEY_0": f"url.{tree.as_uri()}.insteadOf", "GIT_CONFIG_VALUE_0": HOME}
+    where = {"PATH": f"{python.parent}:{os.environ['PATH']}", "GIT_CONFIG_COUNT": "1", **address}
+    run(python, "-c", FIRST.format(cell=cell), cwd=content, env={**os.environ, **where})
     return content / "detr_nb"
 
 
@@ -94,9 +97,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=("colab", "oldest"))
     parser.add_argument("notebooks", nargs="*", help="addresses from the root; all if none is named")
-    args = parser.parse_args()
+    parser.add_argument("--python", help="the Python to make the environment with")
+    args = parser.parse_intermixed_args()
     work = ROOT / ".cache" / args.name
-    python = make_environment(args.name)
+    python = make_environment(args.name, args.python)
     copy_tree(tree := work / "tree")
     if args.name == "colab":
         run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "detr-nb")

@@ -37,12 +37,19 @@ def name_of(path: Path) -> str:
 def passed(notes: Path) -> set[str]:
     """The notebooks that have passed already."""
     lines = notes.read_text("utf8").splitlines() if notes.exists() else []
-    return {row["notebook"] for row in map(json.loads, filter(whole, lines)) if row["error"] is None}
+    return {row["notebook"] for row in map(json.loads, filter(is_whole, lines)) if row["error"] is None}
 
 
-def whole(line: str) -> bool:
+def is_whole(line: str) -> bool:
     """False for a line that was cut off while it was written."""
     return line.startswith("{") and line.endswith("}")
+
+
+def add_line(row: dict, notes: Path) -> None:
+    """Append a line of JSON; a line before it that was cut off stays one of its own."""
+    cut_off = notes.exists() and not notes.read_bytes().endswith(b"\n")
+    with notes.open("a", encoding="utf8") as file:
+        file.write("\n" * cut_off + json.dumps(row) + "\n")
 
 
 def first_error(notebook: nbformat.NotebookNode) -> str | None:
@@ -87,8 +94,7 @@ def run_all(paths: Iterable[Path], keep: Path, minutes: float, timeout: float) -
             break
         error = run_notebook(path, keep, min(timeout, until + 60 - begun) if minutes < 1e6 else timeout)
         rows.append({"notebook": name_of(path), "seconds": round(time.monotonic() - begun, 1), "error": error})
-        with notes.open("a", encoding="utf8") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
+        add_line(rows[-1], notes)
         print(f"{rows[-1]['notebook']}: {'passed' if error is None else error} ({rows[-1]['seconds']} s)", flush=True)
     return rows
 
@@ -97,10 +103,10 @@ def main() -> int:
     """The exit code is 0 if all that were asked for have passed by now."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path)
-    parser.add_argument("--keep", type=Path, default=ROOT / ".cache" / "notebooks", help="folder for notes and failures")
+    parser.add_argument("--keep", type=Path, default=ROOT / ".cache" / "notebooks", help="for notes and failures")
     parser.add_argument("--minutes", type=float, default=1e6, help="no notebook begins later than this")
     parser.add_argument("--timeout", type=float, default=900, help="seconds that a cell may take")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     wanted = args.notebooks or all_notebooks()
     run_all(wanted, args.keep, args.minutes, args.timeout)
