@@ -198,14 +198,16 @@ def is_gone(holder: str) -> bool:
     return False
 
 
-def acquire(lock: FileLock, holder: Path, place: Path, what: str) -> None:
+def acquire(
+    lock: FileLock, holder: Path, place: Path, what: str, wait: float | int
+) -> None:
     """Take a lock at once; of a process that was killed, its children may keep it for
     some seconds."""
     who = ""
     with suppress(OSError):
         who = holder.read_text("utf8")
     try:
-        lock.acquire(timeout=15 if is_gone(who) else 0)
+        lock.acquire(timeout=max(wait, 15 if is_gone(who) else 0))
     except Timeout:
         with suppress(OSError):
             who = holder.read_text("utf8")
@@ -219,12 +221,13 @@ def acquire(lock: FileLock, holder: Path, place: Path, what: str) -> None:
 
 # %% ../nbs/97_files.ipynb #97f0000a
 @contextmanager
-def locked(place: Path, what: str) -> Iterator[None]:
+def locked(place: Path, what: str, wait: float | int = 0) -> Iterator[None]:
     """Hold a folder, or a file that is being made, while the block runs.
 
     Args:
         place: what no other process shall write to meanwhile.
-        what: a word for it, such as "the run's folder".
+        what: a word for it, such as "a run's folder".
+        wait: seconds to wait for another process that holds it.
 
     Raises:
         RuntimeError: if another process holds it, saying which.
@@ -235,7 +238,7 @@ def locked(place: Path, what: str) -> Iterator[None]:
     )
     holder = inside.with_name(f"{inside.name}.holder")
     lock = FileLock(inside)
-    acquire(lock, holder, place, what)
+    acquire(lock, holder, place, what, wait)
     try:
         with suppress(OSError):  # the name is a courtesy
             holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
