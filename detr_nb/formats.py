@@ -42,6 +42,7 @@ from detr_nb.data import (
     train_transform,
 )
 from .evaluation import coco_objects
+from .files import json_text, replacing
 from .loading import Augmented, DataConfig, Transformed
 from .notation import Target, format_list
 from .shapes import Scenes
@@ -475,11 +476,15 @@ def write_coco(scenes: Scenes, folder: Path | str) -> Path:
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for index, (image, target) in enumerate(scenes):
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-        picture.save(folder / "images" / f"{index:06d}.png")
+        with replacing(
+            folder / "images" / f"{index:06d}.png", "wb", durable=False
+        ) as f:
+            picture.save(f, "png")
         targets.append(target)
     content = coco_json(targets, scenes.names, scenes.category_ids)
     file = folder / "annotations.json"
-    file.write_text(json.dumps(content), "utf8")
+    with replacing(file) as text:
+        text.write(json_text(content))
     return file
 
 # %% ../nbs/85_formats.ipynb #12de0002

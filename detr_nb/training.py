@@ -46,13 +46,16 @@ from .notation import Number, forward_names
 from .optimizer import Muon, optimizer_groups
 from detr_nb.runs import (
     Callback,
+    CatchUp,
     Checkpoint,
     Length,
     Log,
     Run,
     Signals,
+    data_fingerprint,
     find_accelerator,
     has_new_row,
+    held_folder,
     resume_run,
     write_header,
 )
@@ -317,13 +320,16 @@ class Evaluation(Callback):
     dataset: Dataset
     times: int
     measure: Callable[..., dict] = evaluate
+    signals: Signals = field(default_factory=Signals)
 
     def after_step(self, run: Run, losses: dict[str, Tensor] | None) -> None:
         """Measure if the run has passed one more share, and leave it to the log."""
         done = sum("metrics" in row for row in run.history)
         if int(run.progress * self.times + 1e-9) > done:
-            metrics = evaluate_at(run.shown, self.dataset, run.scale, self.measure)
-            run.pending["metrics"] = metrics
+            where = run.shown, self.dataset, run.scale, self.measure
+            work = partial(evaluate_at, *where)
+            if (metrics := self.signals.between_steps(run, losses, work)) is not None:
+                run.pending["metrics"] = metrics
 
 # %% ../nbs/12_training.ipynb #86ca0004
 Watcher = Callable[[Run], object]
@@ -385,16 +391,18 @@ def build_callbacks(
     """What happens beside the steps of a run, in order: what others leave to the log
     comes before it, and the checkpoint comes last."""
     weights = (config.weight_ce, config.final_weight_ce)
-    return [
+    signals = Signals()
+    callbacks = [
         SeedSteps(config.seed),
         Schedule(criterion, config.warmup, config.drops, weights, config.scales),
-        Signals(),
-        Evaluation(val, config.evaluations, config.data.evaluate),
+        signals,
+        Evaluation(val, config.evaluations, config.data.evaluate, signals),
         Log(config.log_every),
         *([ProgressBar()] if config.progress else []),
         *([Watch(watch)] if watch else []),
         Checkpoint(config.save_every),
     ]
+    return [*callbacks, CatchUp(callbacks)]
 
 # %% ../nbs/12_training.ipynb #12ca0001
 def build_model(
@@ -442,6 +450,7 @@ def create_run(
         Length(steps, config.minutes),
         config.batch_size,
     )
+    run.data = data_fingerprint(config, len(train)) if run.folder else ""
     resume_run(run)
     write_header(run)
     return run
@@ -525,6 +534,15 @@ def fit(config: TrainConfig, watch: Watcher | None = None) -> Run:
         Terminated: if SIGTERM has come; the run is saved.
     """
     accelerator = find_accelerator(config.trackers, config.folder)
+    folder = Path(config.folder) if config.folder else None
+    with held_folder(folder, type(config), accelerator):
+        return fit_held(config, watch, accelerator)
+
+# %% ../nbs/12_training.ipynb #12fa0001
+def fit_held(
+    config: TrainConfig, watch: Watcher | None, accelerator: Accelerator
+) -> Run:
+    """What `fit` does while it holds the folder."""
     # it draws or fetches, the others find it done
     with accelerator.main_process_first():
         train, val = config.data.load()
