@@ -7,6 +7,7 @@ __all__ = ['Problem', 'DataError', 'read_image', 'check_data', 'summary']
 
 # %% ../nbs/82_checks.ipynb #5b250002
 import math
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Shaped, UInt8
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, features
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -83,6 +84,84 @@ def unreadable(file: Path | str, field: str, error: Exception) -> DataError:
             "unreadable",
         )
     )
+
+# %% ../nbs/82_checks.ipynb #82f00001
+# Pillow's name of each format that is read, and how its files end
+FORMATS = {
+    "JPEG": (".jfif", ".jpe", ".jpeg", ".jpg", ".mpo"),
+    "PNG": (".png",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "PPM": (".pbm", ".pgm", ".pnm", ".ppm"),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+    "JPEG2000": (".j2k", ".jp2"),
+}
+if "avif" in features.modules and features.check("avif"):  # Pillow 11.3 and later
+    FORMATS["AVIF"] = (".avif",)
+PICTURES = {ending for endings in FORMATS.values() for ending in endings}
+
+# %% ../nbs/82_checks.ipynb #82f00002
+def is_clutter(name: str) -> bool:
+    """Whether a file or folder is one that computers leave behind: hidden, or Apple's
+    `__MACOSX`."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def sort_entries(folder: str) -> tuple[list[str], list[str], list[os.DirEntry]]:
+    """The folders, the links to folders, and all else in a folder, without clutter."""
+    with os.scandir(folder) as entries:
+        seen = [entry for entry in entries if not is_clutter(entry.name)]
+    folders = [entry for entry in seen if entry.is_dir()]
+    real = [entry.path for entry in folders if not entry.is_symlink()]
+    links = [entry.path for entry in folders if entry.is_symlink()]
+    return real, links, [entry for entry in seen if not entry.is_dir()]
+
+# %% ../nbs/82_checks.ipynb #82f00003
+def walk(folder: Path | str, left_out: Counter) -> Iterator[os.DirEntry]:
+    """What lies in a folder and below and is no folder; each real folder once, those
+    behind links last."""
+    waiting, links, known = [os.fspath(folder)], [], set()
+    while waiting or links:
+        place = (waiting or links).pop(0)
+        status = os.stat(place)
+        if (here := (status.st_dev, status.st_ino)) in known:
+            continue
+        known.add(here)
+        try:
+            real, linked, entries = sort_entries(place)
+        except PermissionError:
+            left_out["folder that may not be read"] += 1
+            continue
+        waiting += real
+        links += linked
+        yield from entries
+
+# %% ../nbs/82_checks.ipynb #82f00004
+def why_left_out(entry: os.DirEntry) -> str | None:
+    """The ending of a file that is no picture, or what else it is; None for a
+    picture."""
+    if not entry.is_file():  # of a link: what it leads to
+        return "broken link" if entry.is_symlink() else "pipe or device"
+    ending = Path(entry.name).suffix.lower()
+    return None if ending in PICTURES else ending or "file without an ending"
+
+
+def picture_files(folder: Path | str) -> tuple[list[Path], Counter[str]]:
+    """The pictures in a folder and below, sorted, and how many files of which ending
+    were left out."""
+    found, left_out = [], Counter()
+    for entry in walk(folder, left_out):
+        if (reason := why_left_out(entry)) is None:
+            found.append(Path(entry.path))
+        else:
+            left_out[reason] += 1
+    return sorted(found), left_out
+
+
+def count_words(left_out: Mapping[str, int]) -> str:
+    """What was left out for people, most of it first: "3 .heic, 1 .svg"."""
+    return ", ".join(f"{n} {what}" for what, n in Counter(left_out).most_common())
 
 # %% ../nbs/82_checks.ipynb #bffb5d6f
 def three_colours(picture: Image.Image) -> Image.Image:
