@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from .boxes import cxcywh_to_xyxy, scale_boxes, xywh_to_xyxy
 from detr_nb.checks import (
     FATAL,
+    PICTURES,
     DataError,
     Problem,
     Record,
@@ -352,9 +353,6 @@ def yolo_record(picture: Path, file: Path, number: int) -> Record:
     return Record(*where, list(rows), written, boxes, classes, crowd, number)
 
 # %% ../nbs/85_formats.ipynb #b1c044d5
-PICTURES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-
-
 def yolo_labels(images: Path) -> Path:
     """The folder of the text files that belong to a folder of images."""
     before, found, after = images.as_posix().rpartition("images")
