@@ -6,10 +6,14 @@
 __all__ = ['replacing', 'json_value', 'json_text', 'locked', 'printable']
 
 # %% ../nbs/97_files.ipynb #97f00004
+import errno
 import json
 import math
 import os
+import re
+import shutil
 import socket
+import threading
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,70 +22,145 @@ from typing import IO
 
 from filelock import FileLock, Timeout
 
+# %% ../nbs/97_files.ipynb #97f0001a
+def keeps_nothing(path: Path) -> bool:
+    """Whether what is written there is gone: a device, a pipe, /dev/stdout."""
+    special = path.exists() and not path.is_file() and not path.is_dir()
+    return special or path.parent == Path("/dev")
+
+
+def beside_name(path: Path) -> Path:
+    """A hidden name in the same folder that no other process and no other thread
+    uses."""
+    writer = f"{os.getpid()}-{threading.get_ident()}.part"
+    return path.with_name(f".{path.name[:100]}.{writer}")
+
+
+def check_place(path: Path) -> None:
+    """Make the folder of a file, and refuse a folder in place of the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() and not path.is_symlink():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder")
+
+
+def take_place(beside: Path, path: Path) -> None:
+    """Rename a finished file; who might read the old one may read the new one."""
+    if path.is_file() and not path.is_symlink():
+        with suppress(OSError):
+            shutil.copymode(path, beside)
+    beside.replace(path)
+
+
+def write_failure(path: Path, error: Exception) -> OSError:
+    """The complaint about a file that could not be written."""
+    there = os.path.lexists(path)
+    kept = "what was there before is unharmed" if there else "nothing is there"
+    return OSError(
+        f"{path} could not be written ({error}); {kept}. Make room on the disk, or name"
+        " a place that may be written to"
+    )
+
 # %% ../nbs/97_files.ipynb #97f00006
 @contextmanager
-def replacing(path: Path | str, mode: str = "w") -> Iterator[IO]:
+def replacing(path: Path | str, mode: str = "w", durable: bool = True) -> Iterator[IO]:
     """Open a file to write beside `path`; it takes that place when the block ends
     without an error.
 
     At every moment `path` holds either what was there before or what the block wrote. A
-    link is replaced, and the file that it leads to stays as it is.
+    link is replaced, and the file that it leads to stays as it is. A device or a pipe
+    keeps nothing, so it is written to directly.
 
     Args:
         path: where the file shall be; its folder is made if it is missing.
         mode: "w" for UTF-8 text, "wb" for bytes.
+        durable: wait until the disk has it. Without, only a power failure can harm it.
 
     Raises:
         OSError: naming `path`, if it cannot be written.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside = path if keeps_nothing(path) else beside_name(path)
+    text = {} if "b" in mode else {"encoding": "utf8", "errors": "surrogateescape"}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir() and not path.is_symlink():
-            raise IsADirectoryError("it is a folder")
-        text = {} if "b" in mode else {"encoding": "utf8", "errors": "surrogateescape"}
+        check_place(path)
         with open(beside, mode, **text) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+            if durable and beside != path:
+                os.fsync(file.fileno())
+        if beside != path:
+            take_place(beside, path)
     except OSError as error:
-        there = os.path.lexists(path)
-        kept = "what was there before is unharmed" if there else "nothing is there"
-        raise OSError(
-            f"{path} could not be written ({error}); {kept}. Make room on the disk, or"
-            " name a place that may be written to"
-        ) from error
+        raise write_failure(path, error) from error
     finally:
-        with suppress(OSError):
-            beside.unlink()
+        if beside != path:
+            with suppress(OSError):
+                beside.unlink()
 
 # %% ../nbs/97_files.ipynb #97f00008
 def json_value(value: object) -> object:
-    """The value with null in the place of each number that is not finite."""
+    """The value with null in the place of each number that is not finite, and paths as
+    texts."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if isinstance(value, Mapping):
         return {str(name): json_value(inner) for name, inner in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray):
         return [json_value(inner) for inner in value]
     return value
 
 
 def json_text(value: object, indent: int | None = None) -> str:
-    """JSON that a strict reader accepts: numbers that are not finite become null.
+    """JSON that a strict reader accepts: numbers that are not finite become null, and
+    letters that UTF-8 cannot write become escapes.
 
     Args:
-        value: numbers, texts, lists and dictionaries.
+        value: numbers, texts, paths, lists and dictionaries.
         indent: spaces for each level; None writes one line.
 
     Raises:
         TypeError: if JSON has no words for a part of it.
     """
-    return json.dumps(
+    text = json.dumps(
         json_value(value), indent=indent, ensure_ascii=False, allow_nan=False
     )
+    return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)
+
+# %% ../nbs/97_files.ipynb #97f0001c
+def is_gone(holder: str) -> bool:
+    """Whether the process that the text names was on this machine and has ended."""
+    found = re.fullmatch(r"process (\d+) on (.*)", holder)
+    if not found or found[2] != socket.gethostname():
+        return False
+    try:
+        os.kill(int(found[1]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass  # it is somebody else's
+    return False
+
+
+def acquire(lock: FileLock, holder: Path, place: Path, what: str) -> None:
+    """Take a lock at once; of a process that was killed, its children may keep it for
+    some seconds."""
+    who = ""
+    with suppress(OSError):
+        who = holder.read_text("utf8")
+    try:
+        lock.acquire(timeout=15 if is_gone(who) else 0)
+    except Timeout:
+        with suppress(OSError):
+            who = holder.read_text("utf8")
+        by = f" by {who}" if who else ""
+        raise RuntimeError(
+            f"{place} is in use as {what}{by}: wait until that has ended, or name"
+            " another place"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        raise write_failure(Path(lock.lock_file), error) from error
 
 # %% ../nbs/97_files.ipynb #97f0000a
 @contextmanager
@@ -94,23 +173,17 @@ def locked(place: Path, what: str) -> Iterator[None]:
 
     Raises:
         RuntimeError: if another process holds it, saying which.
+        OSError: if no lock can be put there.
     """
     inside = (
         place / ".lock" if place.is_dir() else place.with_name(f"{place.name}.lock")
     )
     holder = inside.with_name(f"{inside.name}.holder")
-    lock = FileLock(inside, blocking=False)
+    lock = FileLock(inside)
+    acquire(lock, holder, place, what)
     try:
-        lock.acquire()
-    except Timeout:
-        with suppress(OSError):
-            what = f"{what} by {holder.read_text('utf8')}"
-        raise RuntimeError(
-            f"{place} is in use as {what}: wait until that has ended, or name another"
-            " place"
-        ) from None
-    try:
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf8")
+        with suppress(OSError):  # the name is a courtesy
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
         for rest in (holder, inside):
@@ -121,10 +194,15 @@ def locked(place: Path, what: str) -> Iterator[None]:
 # %% ../nbs/97_files.ipynb #97f0000c
 def printable(text: object) -> str:
     """The text with its control characters and broken letters written as escapes; line
-    ends and tabs stay."""
+    ends, tabs and the joiners of Persian and of emoji stay.
+
+    Args:
+        text: what is to be shown, by its `str`.
+    """
     return "".join(
         letter
-        if letter in "\n\t" or unicodedata.category(letter) not in ("Cc", "Cf", "Cs")
+        if letter in "\n\t\u200c\u200d"
+        or unicodedata.category(letter) not in ("Cc", "Cf", "Cs")
         else letter.encode("unicode_escape").decode()
         for letter in str(text)
     )
