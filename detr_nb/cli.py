@@ -61,6 +61,7 @@ from detr_nb.config import (
     Share,
     checked,
     from_yaml,
+    known_kinds,
     options_parser,
     text_config,
 )
@@ -709,29 +710,35 @@ class UsageError(ValueError):
     """The words of a command are wrong."""
 
 
-def refused_value(message: str) -> dict[str, object] | None:
-    """Field and value that a message of the parser is about."""
-    key = re.match(r'Parser key "(\w+)":', message)
-    value = re.findall(r"(?:Given|Got) value: (.*)", message)
-    name = re.search(r"path string: (.*)", message)
-    option = re.search(r"class_path '(.*)':\s+Option '(\w+)'", message)
-    if not key:
-        return None
-    if option:
-        return {key[1]: {"kind": option[1], option[2]: None}}
-    if name:
-        return {key[1]: {"kind": name[1]}}
-    return {key[1]: yaml.safe_load(value[-1])} if value else None
+STEPS = r"""Parser key "([\w.]+)"|class_path '([^']*)'|Option '(\w+)'"""
+VALUE = r"(?:Given|Got) value: (.*)|path string: (.*)"
+
+
+def refused_words(message: str) -> dict[str, object]:
+    """What a message of the parser is about, as `Config.read` takes it."""
+    steps, values = re.findall(STEPS, message), re.findall(VALUE, message)
+    if not steps or not (values or steps[-1][1] or steps[-1][2]):
+        return {}
+    found: object = {}
+    if values and steps[-1][0]:
+        plain, kind = values[-1]
+        found = {"kind": kind} if kind else yaml.safe_load(plain)
+    for keys, kind, option in reversed(steps):
+        if kind or option:
+            found = {"kind": kind, **found} if kind else {option: None}
+        for key in reversed(keys.split(".") if keys else []):
+            found = {key: found}
+    return found
 
 # %% ../nbs/18_cli.ipynb #18f00035
 def field_complaint(kind: type[Config], message: str) -> str | None:
     """What a configuration says of the value that the parser refused."""
     try:
-        for name, value in (refused_value(message) or {}).items():
+        for name, value in refused_words(message).items():
             checked(kind, name, value)
     except ConfigError as error:
         return f"--{error}".replace("a valid tuple", "a list, such as [a, b]")
-    except (KeyError, yaml.YAMLError):
+    except (KeyError, TypeError, yaml.YAMLError):
         return None
     return None
 
@@ -739,12 +746,12 @@ def field_complaint(kind: type[Config], message: str) -> str | None:
 def usage_complaint(kind: type[Config], flags: Iterable[str], message: str) -> str:
     """The parser's message in one line."""
     found = field_complaint(kind, message) or message
-    pattern = r"unrecognized arguments: --([^\s=]+)|.* not accept option '(\w+)'"
+    pattern = r"unrecognized arguments: (--[^\s=]+)|.* not accept option '(\w+)'"
     wrong = re.match(pattern, message)
     if wrong and wrong[2]:
         found = f"--config holds {wrong[2]}, which is unknown"
-    near = get_close_matches(f"--{wrong[1] or wrong[2]}", flags, 1) if wrong else []
-    return one_line(found) + (f"; did you mean {near[0][2:]}?" if near else "")
+    near = get_close_matches(wrong[1] or f"--{wrong[2]}", flags, 1) if wrong else []
+    return one_line(found) + (f"; did you mean {near[0]}?" if near else "")
 
 # %% ../nbs/18_cli.ipynb #88b937a6
 def refuse_words(name: str, parser: ArgumentParser, kind: type[Config]) -> None:
@@ -763,6 +770,8 @@ def command_parser(kind: type[Config]) -> ArgumentParser:
     words = [name for name in names if name in WORDS and kind in (Predict, Eval)]
     switches = [name for name in names if name in SWITCHES]
     parser = options_parser(kind, [*words, *switches])
+    for group in parser._action_groups[2:]:
+        group.title = "options of this command"  # else half a sentence of the docstring
     told = {
         part.arg_name: part.description
         for part in docstring_parser.parse(kind.__doc__).params
@@ -777,6 +786,7 @@ def command_parser(kind: type[Config]) -> ArgumentParser:
 # %% ../nbs/18_cli.ipynb #18f00022
 def program_parser() -> ArgumentParser:
     """The options of all commands."""
+    known_kinds(Config)  # the help names all kinds of data and models
     parser = ArgumentParser(
         prog="detr-nb",
         parser_mode=WORDS_MODE,
