@@ -9,14 +9,13 @@ __all__ = ['Predict']
 import json
 import os
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import docstring_parser
 import matplotlib
 from jaxtyping import UInt8
-from jsonargparse import ArgumentParser
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes
@@ -26,7 +25,16 @@ from .bench import Bench, bench
 from .boxes import xyxy_to_xywh
 from .checks import DataError, Problem, check_data, read_image, summary
 from .clinic import DiagnosisCallback
-from .config import WORDS_MODE, Config, Count, Share, from_yaml, options_parser
+from detr_nb.config import (
+    BatchSize,
+    Config,
+    OptionsParser,
+    Place,
+    Share,
+    load_plugins,
+    options_parser,
+    read_options,
+)
 from .evaluation import evaluate
 from .formats import PICTURES
 from .loading import DataConfig
@@ -56,8 +64,8 @@ class Predict(Config):
         threshold: lowest score that counts, from 0 to 1; the model's own if left out.
     """
 
-    images: tuple[Path, ...]
-    weights: str | None = None
+    images: tuple[Path, ...] = ()
+    weights: Place | None = None
     out: Path = Path("predictions")
     threshold: Share | None = None
 
@@ -250,8 +258,8 @@ class Eval(Config):
 
     folder: Path | None = None
     data: DataConfig | None = None
-    weights: str | None = None
-    batch_size: Count = 8
+    weights: Place | None = None
+    batch_size: BatchSize = 8
     out: Path | None = None
 
 # %% ../nbs/18_cli.ipynb #cff759e7
@@ -321,40 +329,28 @@ COMMANDS: Mapping[str, tuple[type[Config], Callable[..., int]]] = {
 WORDS = {"images": "*", "folder": "?"}
 
 # %% ../nbs/18_cli.ipynb #88b937a6
-def command_parser(kind: type[Config]) -> ArgumentParser:
+def command_parser(name: str) -> OptionsParser:
     """The options of one command."""
-    words = [
-        part for part in fields(kind) if kind in (Predict, Eval) and part.name in WORDS
-    ]
-    parser = options_parser(kind, [part.name for part in words])
-    told = {
-        part.arg_name: part.description
-        for part in docstring_parser.parse(kind.__doc__).params
-    }
-    for part in words:
-        parser.add_argument(
-            part.name, nargs=WORDS[part.name], type=Path, help=told[part.name]
-        )
-    return parser
+    free = WORDS if name in ("predict", "eval") else {}
+    return options_parser(COMMANDS[name][0], f"detr-nb {name}", free)
 
 # %% ../nbs/18_cli.ipynb #eb8ed0cb
 def main(args: Sequence[str] | None = None) -> int:
     """The program `detr-nb`."""
+    words = sys.argv[1:] if args is None else list(args)
     parser = ArgumentParser(
         prog="detr-nb",
-        parser_mode=WORDS_MODE,
         description="Object detection with transformers: a command for each need.",
     )
-    commands = parser.add_subcommands(dest="command")
+    commands = parser.add_subparsers(dest="command", required=True)
     for name, (kind, _) in COMMANDS.items():
         summary = " ".join(kind.__doc__.partition("\n\n")[0].split())
-        commands.add_subcommand(name, command_parser(kind), help=summary)
-    found = parser.parse_args(args, defaults=False)
-    kind, function = COMMANDS[found.command]
-    given = from_yaml(found[found.command].as_dict())
-    given.pop("config", None)
+        commands.add_parser(name, help=summary, add_help=False)
+    name = parser.parse_args(words[:1]).command
+    kind, function = COMMANDS[name]
     try:
-        return function(kind.read(given))
+        rest = load_plugins(words[1:])
+        return function(read_options(kind, command_parser(name), rest))
     except FAILURES as error:
         print(f"detr-nb: {error}", file=sys.stderr)
         return 2
