@@ -17,22 +17,18 @@ import tempfile
 import traceback
 import unicodedata
 import warnings
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
-from importlib import import_module
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from typing import IO
 
-import docstring_parser
 import matplotlib
-import yaml
 from jaxtyping import UInt8
-from jsonargparse import ArgumentParser
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -54,15 +50,15 @@ from detr_nb.checks import (
 )
 from .clinic import DiagnosisCallback
 from detr_nb.config import (
-    WORDS_MODE,
+    BatchSize,
     Config,
-    ConfigError,
-    Count,
+    OptionsParser,
+    Place,
+    Say,
     Share,
-    checked,
-    from_yaml,
-    known_kinds,
+    load_plugins,
     options_parser,
+    read_options,
     text_config,
 )
 from .evaluation import evaluate
@@ -98,8 +94,8 @@ class Predict(Config):
             pictures that are looked at are never replaced.
     """
 
-    images: tuple[Path, ...]
-    weights: str | None = None
+    images: tuple[Path, ...] = ()
+    weights: Place | None = None
     out: Path = Path("predictions")
     threshold: Share | None = None
     overwrite: bool = False
@@ -591,8 +587,8 @@ class Eval(Config):
 
     folder: Path | None = None
     data: DataConfig | None = None
-    weights: str | None = None
-    batch_size: Count = 8
+    weights: Place | None = None
+    batch_size: BatchSize = 8
     out: Path | None = None
     overwrite: bool = False
 
@@ -699,204 +695,51 @@ COMMANDS: Mapping[str, tuple[type[Config], Callable[..., int]]] = {
 }
 # fields of predict and eval that take words without a flag
 WORDS = {"images": "*", "folder": "?"}
-SWITCHES = ("overwrite",)  # fields whose flag takes no value
-PLUGIN = (
-    "a Python module of yours, which is imported first: kinds of data and models that it"
-    " defines are known then; may be given more than once"
-)
-
-# %% ../nbs/18_cli.ipynb #18f00021
-class UsageError(ValueError):
-    """The words of a command are wrong."""
-
-
-STEPS = r"""Parser key "([\w.]+)"|class_path '([^']*)'|Option '(\w+)'"""
-VALUE = r"(?:Given|Got) value: (.*)|path string: (.*)"
-
-
-def refused_words(message: str) -> dict[str, object]:
-    """What a message of the parser is about, as `Config.read` takes it."""
-    steps, values = re.findall(STEPS, message), re.findall(VALUE, message)
-    if not steps or not (values or steps[-1][1] or steps[-1][2]):
-        return {}
-    found: object = {}
-    if values and steps[-1][0]:
-        plain, kind = values[-1]
-        found = {"kind": kind} if kind else yaml.safe_load(plain)
-    for keys, kind, option in reversed(steps):
-        if kind or option:
-            found = {"kind": kind, **found} if kind else {option: None}
-        for key in reversed(keys.split(".") if keys else []):
-            found = {key: found}
-    return found
-
-# %% ../nbs/18_cli.ipynb #18f00035
-def field_complaint(kind: type[Config], message: str) -> str | None:
-    """What a configuration says of the value that the parser refused."""
-    try:
-        for name, value in refused_words(message).items():
-            checked(kind, name, value)
-    except ConfigError as error:
-        return f"--{error}".replace("a valid tuple", "a list, such as [a, b]")
-    except (KeyError, TypeError, yaml.YAMLError):
-        return None
-    return None
-
-
-def usage_complaint(kind: type[Config], flags: Iterable[str], message: str) -> str:
-    """The parser's message in one line."""
-    found = field_complaint(kind, message) or message
-    pattern = r"unrecognized arguments: (--[^\s=]+)|.* not accept option '(\w+)'"
-    wrong = re.match(pattern, message)
-    if wrong and wrong[2]:
-        found = f"--config holds {wrong[2]}, which is unknown"
-    near = get_close_matches(wrong[1] or f"--{wrong[2]}", flags, 1) if wrong else []
-    return one_line(found) + (f"; did you mean {near[0]}?" if near else "")
 
 # %% ../nbs/18_cli.ipynb #88b937a6
-def refuse_words(name: str, parser: ArgumentParser, kind: type[Config]) -> None:
-    """Let a parser raise one line, in place of leaving with the list of all options."""
+class Switch(Say):
+    """A flag without a value."""
 
-    def refuse(message: str, error: Exception | None = None) -> None:
-        line = usage_complaint(kind, parser._option_string_actions, message)
-        raise UsageError(f"{line} (detr-nb {name}--help shows all)") from error
+    def __call__(
+        self, parser: object, space: Namespace, value: object, flag: object = None
+    ) -> None:
+        super().__call__(parser, space, "true", flag)
 
-    parser.error = refuse
 
-
-def command_parser(kind: type[Config]) -> ArgumentParser:
+def command_parser(name: str) -> OptionsParser:
     """The options of one command."""
-    names = [part.name for part in fields(kind)]
-    words = [name for name in names if name in WORDS and kind in (Predict, Eval)]
-    switches = [name for name in names if name in SWITCHES]
-    parser = options_parser(kind, [*words, *switches])
-    for group in parser._action_groups[2:]:
-        group.title = "options of this command"  # else half a sentence of the docstring
-    told = {
-        part.arg_name: part.description
-        for part in docstring_parser.parse(kind.__doc__).params
-    }
-    for name in words:
-        parser.add_argument(name, nargs=WORDS[name], type=Path, help=told[name])
-    for name in switches:
-        parser.add_argument(f"--{name}", action="store_true", help=told[name])
-    parser.add_argument("--plugin", metavar="MODULE", help=PLUGIN)
+    free = WORDS if name in ("predict", "eval") else {}
+    parser = options_parser(COMMANDS[name][0], f"detr-nb {name}", free)
+    if old := parser._option_string_actions.get("--overwrite"):
+        parser.conflict_handler = "resolve"
+        told = old.help.removesuffix(" (False)")
+        parser.add_argument("--overwrite", action=Switch, nargs=0, help=told)
     return parser
 
 # %% ../nbs/18_cli.ipynb #18f00022
-def program_parser() -> ArgumentParser:
-    """The options of all commands."""
-    known_kinds(Config)  # the help names all kinds of data and models
-    parser = ArgumentParser(
+def program_parser() -> OptionsParser:
+    """The words before the options: the name of a command, or `--help`."""
+    parser = OptionsParser(
         prog="detr-nb",
-        parser_mode=WORDS_MODE,
         description="Object detection with transformers: a command for each need.",
     )
-    refuse_words("", parser, Config)
-    commands = parser.add_subcommands(dest="command")
+    commands = parser.add_subparsers(dest="command", required=True)
     for name, (kind, _) in COMMANDS.items():
         summary = " ".join(kind.__doc__.partition("\n\n")[0].split())
-        one = command_parser(kind)
-        commands.add_subcommand(name, one, help=summary)
-        refuse_words(f"{name} ", one, kind)
+        commands.add_parser(name, help=summary, add_help=False)
     return parser
 
-# %% ../nbs/18_cli.ipynb #18f00024
-def has_value(flag: str) -> bool:
-    """Whether the word behind a flag of predict or eval is its value."""
-    bare = ("-h", "--help", "--overwrite", "--print_config")
-    return "=" not in flag and flag not in bare
-
-
-def in_order(words: Sequence[str]) -> list[str]:
-    """The words of predict or eval, those without a flag first."""
-    plain, flags, rest = [], [], list(words)
-    while rest:
-        word = rest.pop(0)
-        if word == "--":
-            plain += [f"./{name}" if name.startswith("-") else name for name in rest]
-            break
-        if not word.startswith("-"):
-            plain.append(word)
-            continue
-        behind = 1 if has_value(word) else 0
-        flags += [word, *rest[:behind]]
-        del rest[:behind]
-    if "" in plain:
-        raise UsageError("one of the names is empty")
-    return plain + flags
-
-# %% ../nbs/18_cli.ipynb #18f00034
-def take_values(words: Sequence[str], flag: str) -> tuple[list[str], list[str]]:
-    """The values of a flag, and the words without it."""
-    values, rest, left = [], [], list(words)
-    while left:
-        word = left.pop(0)
-        if word == "--":
-            return values, [*rest, word, *left]
-        if word == flag and left:
-            values.append(left.pop(0))
-        elif word.startswith(f"{flag}="):
-            values.append(word.partition("=")[2])
-        else:
-            rest.append(word)
-    return values, rest
-
-# %% ../nbs/18_cli.ipynb #18f00025
-def import_plugin(name: str) -> None:
-    """Import a module that the user has named; it may lie in the working folder."""
-    sys.path.insert(0, os.getcwd())
-    try:
-        import_module(name)
-    except Exception as error:
-        raise UsageError(
-            f"--plugin {name} cannot be imported ({type(error).__name__}: {error})"
-        ) from error
-    finally:
-        sys.path.remove(os.getcwd())
-
-
-def check_options_file(name: str) -> None:
-    """Refuse a file of options that is missing, no text, or no lines of names and
-    values."""
-    file = Path(os.path.expanduser(name))
-    if file.exists() and not file.is_file():  # a pipe can be read only once
-        return
-    try:
-        found = yaml.safe_load(file.read_text("utf8"))
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--config {name} is no UTF-8 text: {error}") from error
-    except OSError as error:
-        raise UsageError(f"--config {name} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"--config {name} is no YAML: {error}") from error
-    if not isinstance(found, Mapping | None):
-        raise UsageError(f"--config {name} has no lines of names and values")
-
 # %% ../nbs/18_cli.ipynb #18f00026
-def at_home(value: object) -> object:
-    """A path, or a tuple of them, with `~/` as the home folder; all else as it is."""
-    if isinstance(value, tuple):
-        return tuple(map(at_home, value))
-    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
-
-
 def run_command(words: Sequence[str]) -> int:
     """Read the words, and do what they say."""
-    plugins, words = take_values(words, "--plugin")
-    for name in plugins:
-        import_plugin(name)
-    for name in take_values(words, "--config")[0]:
-        check_options_file(name)
-    if words and words[0] in ("predict", "eval"):
-        words = [words[0], *in_order(words[1:])]
-    found = program_parser().parse_args(words, defaults=False)
-    kind, function = COMMANDS[found.command]
-    given = from_yaml(found[found.command].as_dict())
-    given = {name: given[name] for name in given if name not in ("config", "plugin")}
-    options = kind.read(given)
-    named = {part.name: getattr(options, part.name) for part in fields(options)}
-    return function(replace(options, **{name: at_home(named[name]) for name in named}))
+    if not words:
+        raise ValueError(f"name a command: {', '.join(COMMANDS)}, or --help")
+    name = program_parser().parse_args(list(words[:1])).command
+    kind, function = COMMANDS[name]
+    rest = load_plugins(words[1:])
+    if "" in rest and name in ("predict", "eval"):  # it would be the working folder
+        raise ValueError("one of the words is empty: is a variable of the shell unset?")
+    return function(read_options(kind, command_parser(name), rest))
 
 # %% ../nbs/18_cli.ipynb #18f00028
 class Outlet:
