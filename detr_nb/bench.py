@@ -29,7 +29,7 @@ from pycocotools.cocoeval import COCOeval
 
 from .attention import MultiHeadAttention
 from .boxes import cxcywh_to_xyxy, pairwise_giou, scale_boxes
-from .config import Config, Count, Within
+from .config import Config, Count, Switch, Within
 from .data import Batch, train_transform
 from .evaluation import coco_annotations, coco_evaluate, coco_index, coco_results
 from .files import json_text, replacing
@@ -394,7 +394,7 @@ class Bench(Config):
     images: Count = 5000
     bf16: bool | None = None
     out: Path | None = None
-    overwrite: bool = False
+    overwrite: Switch = False
 
 # %% ../nbs/17_bench.ipynb #17b00042
 def check_bench(options: Bench) -> None:

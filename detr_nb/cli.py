@@ -17,7 +17,6 @@ import tempfile
 import traceback
 import unicodedata
 import warnings
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -54,8 +53,8 @@ from detr_nb.config import (
     Config,
     OptionsParser,
     Place,
-    Say,
     Share,
+    Switch,
     load_plugins,
     options_parser,
     read_options,
@@ -98,7 +97,7 @@ class Predict(Config):
     weights: Place | None = None
     out: Path = Path("predictions")
     threshold: Share | None = None
-    overwrite: bool = False
+    overwrite: Switch = False
 
 # %% ../nbs/18_cli.ipynb #18c00012
 def absolute(path: Path) -> Path:
@@ -590,7 +589,7 @@ class Eval(Config):
     weights: Place | None = None
     batch_size: BatchSize = 8
     out: Path | None = None
-    overwrite: bool = False
+    overwrite: Switch = False
 
 # %% ../nbs/18_cli.ipynb #18f00018
 def check_file(place: Path, names: set[str], overwrite: bool) -> None:
@@ -697,24 +696,10 @@ COMMANDS: Mapping[str, tuple[type[Config], Callable[..., int]]] = {
 WORDS = {"images": "*", "folder": "?"}
 
 # %% ../nbs/18_cli.ipynb #88b937a6
-class Switch(Say):
-    """A flag without a value."""
-
-    def __call__(
-        self, parser: object, space: Namespace, value: object, flag: object = None
-    ) -> None:
-        super().__call__(parser, space, "true", flag)
-
-
 def command_parser(name: str) -> OptionsParser:
     """The options of one command."""
     free = WORDS if name in ("predict", "eval") else {}
-    parser = options_parser(COMMANDS[name][0], f"detr-nb {name}", free)
-    if old := parser._option_string_actions.get("--overwrite"):
-        parser.conflict_handler = "resolve"
-        told = old.help.removesuffix(" (False)")
-        parser.add_argument("--overwrite", action=Switch, nargs=0, help=told)
-    return parser
+    return options_parser(COMMANDS[name][0], f"detr-nb {name}", free)
 
 # %% ../nbs/18_cli.ipynb #18f00022
 def program_parser() -> OptionsParser:

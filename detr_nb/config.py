@@ -143,6 +143,7 @@ def at_home(value: object) -> object:
 
 
 Place = Annotated[str, BeforeValidator(at_home)]  # a path, or another name of a source
+Switch = Annotated[bool, Strict()]  # a flag without a value
 Text = Annotated[str, Limits(max_length=10_000)]
 Names = Annotated[tuple[Text, ...], Limits(max_length=10**6)]  # of classes
 CategoryId = Annotated[int, Within(-(2**63), 2**63 - 1)]
@@ -226,7 +227,7 @@ WORDS = {  # pydantic's name of a fault: what the value must be
     "float_type": "it must be a number",
     "finite_number": "it must be a finite number",
     "none_required": "it must be null",
-    "tuple_type": "it must be a list",
+    "tuple_type": "it must be a list, such as [a, b]",
     "path_type": "it must be a path",
     "too_short": "it must have at least {min_length} entries",
     "too_long": "it must have at most {max_length} entries",
@@ -722,7 +723,7 @@ def flags_of(
         name, base = f"{before}{part.name}", config_base(hints[part.name])
         default = default_of(part)
         shown = type(default).__name__ if isinstance(default, Config) else default
-        usual = "" if default in (MISSING, None) else f" ({shown})"
+        usual = "" if default in (MISSING, None, ()) else f" ({shown})"
         yield Flag(name, hints[part.name], told.get(part.name, "") + usual)
         for inner in kinds_below(base) if base else ():
             if inner not in above:
@@ -736,7 +737,8 @@ class Say(Action):
         self, parser: object, space: Namespace, value: object, flag: object = None
     ) -> None:
         if flag is not None or value:
-            space.said = [*getattr(space, "said", ()), (self.dest, value)]
+            said = "true" if self.nargs == 0 else value
+            space.said = [*getattr(space, "said", ()), (self.dest, said)]
 
 
 class OptionsParser(ArgumentParser):
@@ -774,7 +776,8 @@ def options_parser(
             parser.add_argument(flag.name, action=Say, nargs=free[flag.name], help=told)
         else:
             name, shape = f"--{flag.name}", flag.name.rpartition(".")[2].upper()
-            parser.add_argument(name, action=Say, metavar=shape, help=told)
+            count = 0 if flag.hint == Switch else None
+            parser.add_argument(name, action=Say, nargs=count, metavar=shape, help=told)
     return parser
 
 # %% ../nbs/80_config.ipynb #fefa7e3a
