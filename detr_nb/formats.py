@@ -34,7 +34,7 @@ from detr_nb.checks import (
     record_problems,
     unreadable,
 )
-from .config import Amount, Config, Pixels
+from .config import Config, ConfigError, FrameSide, Pixels, Sides, Workers
 from detr_nb.data import (
     TRAIN_SIDES,
     Preprocess,
@@ -499,11 +499,19 @@ class Sizes(Config):
         eval_side: length of the short side after training, pixels.
     """
 
-    short_sides: tuple[Pixels, ...] = TRAIN_SIDES
+    short_sides: Sides = TRAIN_SIDES
     longest: Pixels = 1333
-    crop: tuple[()] | tuple[Pixels, Pixels] = (384, 600)
-    before_crop: tuple[Pixels, ...] = (400, 500, 600)
-    eval_side: Pixels = 800
+    crop: tuple[Pixels, ...] = (384, 600)
+    before_crop: Sides = (400, 500, 600)
+    eval_side: FrameSide = 800
+
+    def check_pairs(self) -> None:
+        """A crop has two sides, in order."""
+        if len(self.crop) not in (0, 2) or list(self.crop) != sorted(self.crop):
+            raise ConfigError(
+                "crop",
+                f"is {list(self.crop)}: it must be [], or [shortest, longest] side",
+            )
 
     def pair(
         self, train: BoxDataset, val: BoxDataset, workers: int
@@ -526,7 +534,7 @@ class Photographs(DataConfig):
     """
 
     sizes: Sizes = Sizes()
-    workers: Amount = 2
+    workers: Workers = 2
     skip_unreadable: bool = False
 
     @abstractmethod

@@ -11,9 +11,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 import torch
 from accelerate import Accelerator
+from pydantic import Field as Limits
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -23,15 +25,25 @@ from tqdm.auto import tqdm
 from .checks import DataError
 from detr_nb.config import (
     Amount,
+    BatchSize,
     Config,
+    ConfigError,
     Count,
+    Epochs,
     Fraction,
     Minutes,
     ModelConfig,
+    Place,
     Positive,
+    PositiveRate,
+    PositiveWeight,
     Rate,
     Scale,
+    Seconds,
+    Seed,
     Share,
+    Text,
+    Weight,
     parse_config,
 )
 from .data import Batch
@@ -217,51 +229,67 @@ class TrainConfig(Config):
         progress: show a progress bar, and a line an epoch.
     """
 
+    ALTERNATIVES: ClassVar = (("steps", "epochs", "minutes"),)
+
     data: DataConfig = field(default_factory=ShapesData)
     model: ModelConfig = field(default_factory=TinyModel)
     steps: Count = 5000
-    epochs: Positive | None = None
+    epochs: Epochs | None = None
     minutes: Minutes | None = None
-    batch_size: Count = 24
-    accumulate: Count = 1
-    lr: Rate = 1.5e-3
+    batch_size: BatchSize = 24
+    accumulate: BatchSize = 1
+    lr: PositiveRate = 1.5e-3
     lr_backbone: Rate = 1.5e-3
     lr_muon: Rate = 5e-3
     beta2: Fraction = 0.95
     weight_decay: Rate = 1e-4
     clip: Positive = 0.1
     warmup: Fraction = 0.03
-    drops: tuple[Share, ...] = ()
-    weight_ce: Positive = 5
-    final_weight_ce: Positive = 0.5
-    weight_bbox: Rate = 5
-    weight_giou: Rate = 2
-    cost_class: Rate = 1
-    cost_bbox: Rate = 5
-    cost_giou: Rate = 2
-    no_object_weight: Rate = 0.5
-    scales: tuple[tuple[Share, Scale], ...] = ((0.7, 0.75),)
+    drops: Annotated[tuple[Share, ...], Limits(max_length=100)] = ()
+    weight_ce: PositiveWeight = 5
+    final_weight_ce: PositiveWeight = 0.5
+    weight_bbox: Weight = 5
+    weight_giou: Weight = 2
+    cost_class: Weight = 1
+    cost_bbox: Weight = 5
+    cost_giou: Weight = 2
+    no_object_weight: Weight = 0.5
+    scales: Annotated[tuple[tuple[Share, Scale], ...], Limits(max_length=100)] = (
+        (0.7, 0.75),
+    )
     ema: Fraction = 0.0
     evaluations: Amount = 5
     bf16: bool = False
     compile: bool = False
     recompute: bool = False
-    seed: int = 0
+    seed: Seed = 0
     skip_not_finite: Amount = 0
-    folder: str = ""
-    save_every: Rate = 60
+    folder: Place = ""
+    save_every: Seconds = 60
     log_every: Count = 50
-    trackers: tuple[str, ...] = ()
+    trackers: tuple[Text, ...] = ()
     progress: bool = True
+
+    def check_pairs(self) -> None:
+        """One length, and something to match by."""
+        if self.epochs is not None and self.minutes is not None:
+            raise ConfigError(
+                "epochs",
+                f"is {self.epochs} and minutes is {self.minutes}: give one of the two",
+            )
+        if not self.cost_class + self.cost_bbox + self.cost_giou:
+            raise ConfigError(
+                "cost_class",
+                "is 0, and so are cost_bbox and cost_giou: give one of them",
+            )
 
 # %% ../nbs/12_training.ipynb #12de0005
 def read_config(words: Sequence[str]) -> TrainConfig:
     """The run that flags, or a file named by `--config`, describe.
 
     Raises:
-        ConfigError: naming a field whose value is not allowed.
-        SystemExit: if a word is no flag, or its value is of another type; the reason is
-            printed.
+        ConfigError: naming a field whose value is not allowed, or a word that is no
+            flag.
     """
     return parse_config(TrainConfig, words)
 
