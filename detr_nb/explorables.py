@@ -66,6 +66,8 @@ def joined(name: str) -> str:
 class Explorable(anywidget.AnyWidget):
     """A figure that answers, and a still picture for where no script runs."""
 
+    # ipywidgets 7, which Colab has, would show the figure without its still picture
+    _ipython_display_ = None
     _css = (files("detr_nb") / "static" / "explorables.css").read_text("utf8")
 
     def draw(self) -> None:

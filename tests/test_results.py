@@ -16,8 +16,13 @@ RUNS = [path for path in RECORDS if path.stem.startswith("shapes_")]
 
 
 def read(path: Path) -> dict:
-    """A record."""
-    return json.loads(path.read_text("utf8"))
+    """A record, read as strictly as other languages read it."""
+    return json.loads(path.read_text("utf8"), parse_constant=refuse)
+
+
+def refuse(word: str) -> None:
+    """JSON has no NaN and no Infinity, though Python writes and reads them."""
+    raise ValueError(f"{word} is no JSON")
 
 
 def test_there_are_records():
