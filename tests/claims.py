@@ -28,16 +28,18 @@ NAMED = re.compile(  # a number that names a place or a version, and measures no
 DIGITS = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?"
 CLAIM = re.compile(
     rf"(?<![\w.,])(?P<number>{DIGITS})(?![\d.,]*\d)"
-    r"(?:(?P<scale>\s(?:thousand|million|billion)\b)|(?P<percent>\s?%|\s+per ?cent\b)|(?P<times>\s+times\b(?!\s+(?:the|its|\d))|-fold\b))?"
+    r"(?:(?P<scale>\s(?:thousand|million|billion)\b)|(?P<percent>\s?%|\s+per ?cent\b)"
+    r"|(?P<times>\s+times\b(?!\s+(?:the|its|\d))|-fold\b))?"
 )
 NUMBER = re.compile(r"(?<![\w.])\d+(?:_\d+)*(?:\.\d*)?(?:e[+-]?\d+)?|(?<![\w.])\.\d+(?:e[+-]?\d+)?")
 # the book numbers none of its own tables, figures and sections: who names one by its number cites the paper
 PLACE = r"\b(?:[Ss]ections?|[Tt]ables?|[Ff]igures?|[Aa]ppendix|[Ee]quations?)\s(?:[A-Z]\.)?\d"
 SOURCE = re.compile(rf"{PLACE}|et al\.|arxiv\.org|doi\.org|github\.com/\S+/(?:issues|pull)")
 # lists in a record that hold so many numbers that any number is among them
-NEAR, OPENING = 6, 12  # cells
-WIDE = re.compile(r"^## (?:Recap|What we learned|Exercises)|^\*\*How sure", re.M)
 LONG = {"curve", "samples", "history", "versions", "machine", "date"}
+# outputs hold a claim within so many cells; those of all cells hold what the opening, the recap or an exercise says
+NEAR, OPENING = 6, 12
+WIDE = re.compile(r"^## (?:Recap|What we learned|Exercises)|^\*\*How sure", re.M)
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ class Page:
     def __init__(self, path: Path):
         self.name = str(path.relative_to(ROOT))
         text = path.read_text("utf8")
-        self.cells = json.loads(text)["cells"] if path.suffix == ".ipynb" else [{"cell_type": "markdown", "source": text}]
+        whole = {"cell_type": "markdown", "source": text}
+        self.cells = json.loads(text)["cells"] if path.suffix == ".ipynb" else [whole]
 
     def sources(self, kind: str) -> list[str]:
         """The cells of a kind."""
