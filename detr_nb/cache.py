@@ -220,8 +220,6 @@ def render_scenes(
             else "the file, or the one beside it, is broken or holds something else"
         )
         del saved  # a file that is open cannot be replaced everywhere
-        warnings.warn(
-            f"{files[0]}: {reason}; this series is drawn again", stacklevel=2
-        )
+        warnings.warn(f"{files[0]}: {reason}; this series is drawn again", stacklevel=2)
     write_cache(scenes, *files, workers)
     return read_cache(scenes, *files)
