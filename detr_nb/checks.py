@@ -481,9 +481,18 @@ class Tally:
         self.objects += count
         self.most = max(self.most, count)
         self.polygons += record.polygons
-        self.unknown += bool(record.faults)
+        finite = record.boxes_xyxy.isfinite().all().item()
+        self.unknown += bool(record.faults) or not finite
 
 # %% ../nbs/82_checks.ipynb #82a0000d
+def crowded(where: str, most: int, queries: int | None) -> list[Problem]:
+    """The problem of an image with more objects than a model has queries."""
+    remedy = f"a model of {queries} queries can never find them all: give it more"
+    field = "most objects in an image"
+    problem = Problem(where, field, str(most), remedy, "crowded")
+    return [problem] if queries and most > queries else []
+
+
 def count_problems(
     dataset: Dataset, tally: Tally, queries: int | None = None
 ) -> Iterator[Problem]:
@@ -498,19 +507,10 @@ def count_problems(
         value = f"none in {images} images"
         yield Problem(where, "number of objects", value, remedy, "empty")
     if tally.polygons:
-        remedy = "nothing to do, their boxes are taken"
-        yield Problem(
-            where,
-            "form of boxes",
-            f"{tally.polygons} times a polygon",
-            remedy,
-            "polygon",
-        )
-    if queries and tally.most > queries:
-        remedy = f"a model of {queries} queries can never find them all: give it more"
-        yield Problem(
-            where, "most objects in an image", str(tally.most), remedy, "crowded"
-        )
+        remedy, value = "nothing to do, their boxes are taken", "a polygon"
+        field = f"form of {tally.polygons} boxes"
+        yield Problem(where, field, value, remedy, "polygon")
+    yield from crowded(where, tally.most, queries)
 
 # %% ../nbs/82_checks.ipynb #103438b2
 def entry_problems(

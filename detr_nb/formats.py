@@ -291,18 +291,20 @@ def same_key(value: Hashable, known: Container[Hashable]) -> Hashable:
 COCO_PARTS = ("images", "annotations", "categories")
 
 
-def explain_coco(content: object) -> str | None:
-    """Why the content of a JSON file is no COCO annotation, or None if it is one."""
+def explain_coco(content: object) -> tuple[str, str] | None:
+    """What the content of a JSON file is and what to do, or None if it is a COCO
+    annotation."""
     rows = content if isinstance(content, list) else []
     if rows and isinstance(rows[0], dict) and "score" in rows[0]:
-        return "this is a file of results: give the annotations that it was made for"
+        return "a list of results", "give the annotations that they were made for"
+    need = f"COCO's `instances` files have a table of {', '.join(COCO_PARTS)}"
     if not isinstance(content, dict):
-        return f"without {sorted(COCO_PARTS)}; COCO's `instances` files have them"
+        return reprlib.repr(content), need
     if missing := sorted(set(COCO_PARTS) - set(content)):
-        return f"without {missing}; COCO's `instances` files have all three parts"
+        return f"without {missing}", need
     for part in COCO_PARTS:
         if not isinstance(content[part], list):
-            return f"its {part} are {reprlib.repr(content[part])}: write a list of rows"
+            return f"{part}: {reprlib.repr(content[part])}", f"{need}, lists of rows"
     return None
 
 
@@ -314,8 +316,7 @@ def read_coco(file: Path) -> dict:
         remedy = "write JSON there" if isinstance(error, json.JSONDecodeError) else None
         raise unreadable(file, "content", error, remedy) from error
     if reason := explain_coco(content):
-        words = "give a COCO annotation file"
-        raise DataError(Problem(str(file), "content", reason, words, "unreadable"))
+        raise DataError(Problem(str(file), "content", *reason, "unreadable"))
     return content
 
 # %% ../nbs/85_formats.ipynb #85a00010
@@ -1134,7 +1135,10 @@ def file_problems(dataset: BoxDataset, tally: Tally | None = None) -> Iterator[P
     """What is wrong with a dataset, as far as can be known without reading all
     pictures."""
     tally = Tally() if tally is None else tally
-    yield from dataset.set_problems()
+    skipped = set(dataset.skipped)
+    for problem in dataset.set_problems():
+        by_choice = problem in skipped
+        yield problem._replace(kind="left out") if by_choice else problem
     every = max(1, -(-len(dataset) // HEADS))
     for index in range(len(dataset)):
         yield from look_at(dataset, index, tally, index % every == 0)
