@@ -9,22 +9,25 @@ __all__ = ['Problem', 'DataError', 'read_image', 'check_data', 'summary']
 import math
 import os
 import reprlib
+import stat
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import singledispatch
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Shaped, UInt8
-from PIL import ExifTags, Image, ImageOps, features
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from .boxes import cxcywh_to_xyxy, scale_boxes
+from .files import printable
 from .notation import Number, Target, format_list
 
 # %% ../nbs/82_checks.ipynb #41b4202c
@@ -86,10 +89,6 @@ class DataError(ValueError):
 # what to do, by the first of these errors that fits
 REMEDIES = {
     FileNotFoundError: "check the folder, or drop the entry",
-    Image.DecompressionBombError: (
-        f"it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6} million pixels:"
-        " save it smaller, and scale its boxes"
-    ),
     UnicodeError: "save the file as UTF-8",
     OSError: "restore the file, or take it off the list",
 }
@@ -182,14 +181,80 @@ def count_words(left_out: Mapping[str, int]) -> str:
     """What was left out for people, most of it first: "3 .heic, 1 .svg"."""
     return ", ".join(f"{n} {what}" for what, n in Counter(left_out).most_common())
 
+# %% ../nbs/82_checks.ipynb #82f00006
+MOST_PIXELS = 100_000_000  # 300 MB of colours
+
+
+def bad_picture(file: Path | str, value: str, remedy: str) -> DataError:
+    """The complaint about a picture that is whole and yet of no use."""
+    return DataError(Problem(str(file), "picture", value, remedy, "unreadable"))
+
+
+def check_pixels(size: tuple[int, int], file: Path | str) -> None:
+    """Refuse a picture of (width, height) that takes too much memory."""
+    if math.prod(size) > MOST_PIXELS:
+        raise bad_picture(
+            file,
+            f"of {size[0]} x {size[1]} pixels",
+            f"make it smaller, or cut it up: at most {MOST_PIXELS} pixels are read",
+        )
+
+# %% ../nbs/82_checks.ipynb #82f00007
+@contextmanager
+def opened(path: Path | str) -> Iterator[Image.Image]:
+    """A picture of a listed format, with its head read; whatever fails in the block
+    names the file."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise bad_picture(
+                path, "no ordinary file", "give a file, no folder, pipe or device"
+            )
+        with Image.open(path, formats=tuple(FORMATS)) as picture:
+            check_pixels(picture.size, path)
+            yield picture
+    except DataError:
+        raise
+    except UnidentifiedImageError as error:
+        remedy = "save it as JPEG or PNG; if it was one, restore the file"
+        raise bad_picture(path, f"none of {', '.join(FORMATS)}", remedy) from error
+    except Image.DecompressionBombError as error:
+        remedy = f"make it smaller: at most {MOST_PIXELS} pixels are read"
+        raise bad_picture(path, "far too large", remedy) from error
+    except Exception as error:  # decoders raise whatever they like
+        raise unreadable(path, "picture", error) from error
+
+# %% ../nbs/82_checks.ipynb #82f00008
+DEPTHS = (8, 10, 12, 16)  # bits in which cameras and scanners count
+
+
+def grey_bytes(
+    values: Shaped[np.ndarray, "y x"], file: Path | str
+) -> UInt8[np.ndarray, "y x"]:
+    """Grey numbers of another range as bytes; warns unless all 16 bits are used."""
+    low, high = values.min(), values.max()
+    if not 0 <= low <= high < 2**16:  # NaN is not either
+        value = f"grey with numbers from {low} to {high}"
+        raise bad_picture(file, value, "save it with 8 or 16 bits a pixel")
+    broken, stored = values.dtype.kind == "f", values.dtype.name
+    if broken and high <= 1:
+        found, values = "shares of full brightness", (values * 255).round()
+    else:
+        bits = next(bits for bits in DEPTHS if high < 2**bits)
+        found, values = f"numbers of {bits} bits", values // 2 ** (bits - 8)
+    if high and (broken or bits < 16):
+        warnings.warn(
+            f"grey pictures in {Path(file).parent} hold numbers as {stored}, which are"
+            f" read as {found}",
+            stacklevel=2,
+        )
+    return values.astype(np.uint8)
+
 # %% ../nbs/82_checks.ipynb #bffb5d6f
-def three_colours(picture: Image.Image) -> Image.Image:
+def three_colours(picture: Image.Image, file: Path | str) -> Image.Image:
     """Any Pillow image as RGB: grey is repeated, 16-bit grey keeps its upper byte,
     transparency is dropped."""
-    if picture.mode.startswith("I"):
-        picture = Image.fromarray(
-            (np.asarray(picture) // 256).clip(0, 255).astype(np.uint8)
-        )
+    if picture.mode.startswith(("I", "F")):
+        picture = Image.fromarray(grey_bytes(np.asarray(picture), file))
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 # %% ../nbs/82_checks.ipynb #c82fde25
@@ -197,15 +262,17 @@ def read_image(path: Path | str) -> UInt8[Tensor, "3 y x"]:
     """Read a picture as it is meant to be seen: turned as its EXIF note says, in three
     colours.
 
+    Args:
+        path: an ordinary file of a format in `FORMATS`; of a moving picture the first
+            frame is read. Grey numbers of 16 bits, or broken ones, become bytes by the
+            rule of `grey_bytes`.
+
     Raises:
-        DataError: if the file is missing, no picture, or cut off.
+        DataError: if the file is missing, no such picture, cut off or too large.
     """
-    try:
-        with Image.open(path) as file:
-            ImageOps.exif_transpose(file, in_place=True)
-            pixels = np.asarray(three_colours(file))
-    except Exception as error:  # decoders raise whatever they like
-        raise unreadable(path, "picture", error) from error
+    with opened(path) as picture:
+        ImageOps.exif_transpose(picture, in_place=True)
+        pixels = np.asarray(three_colours(picture, path))
     # the only copy after decoding
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
@@ -213,14 +280,74 @@ def read_image(path: Path | str) -> UInt8[Tensor, "3 y x"]:
 def picture_size(path: Path) -> tuple[int, int]:
     """(height, width) of a picture as it is meant to be seen, from the head of its
     file."""
-    try:
-        with Image.open(path) as file:
-            (width, height) = file.size
-            note = file.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception as error:
-        raise unreadable(path, "picture", error) from error
-    # notes from 5 on turn by a quarter
-    return (width, height) if note >= 5 else (height, width)
+    with opened(path) as picture:
+        (width, height) = picture.size
+        note = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    # notes 5 to 8 turn by a quarter; some programs write a text
+    return (width, height) if note in range(5, 9) else (height, width)
+
+# %% ../nbs/82_checks.ipynb #82f0000a
+BYTES = "give colours from 0 to 255 as uint8"
+
+
+def check_colours(image: np.ndarray | Tensor, axis: int, turn: str) -> None:
+    """Refuse what is not one picture of bytes with its colours on an axis; `turn`
+    writes how to bring them there."""
+    shape, kind = tuple(image.shape), str(image.dtype).removeprefix("torch.")
+    remedy = None
+    if kind != "uint8":
+        scaled = "(255 * image).round() converted to uint8, if they go from 0 to 1"
+        remedy = f"{BYTES}; of broken numbers {scaled}" if "float" in kind else BYTES
+    elif 0 in shape:
+        remedy = "give at least one pixel"
+    elif len(shape) == 4:
+        remedy = "give one picture, such as image[0]"
+    elif len(shape) != 3 or shape[axis] not in (3, 4):
+        turned = len(shape) == 3 and shape[-1 - axis] == 3
+        remedy = f"write {turn}" if turned else f"three colours belong on axis {axis}"
+    if remedy:
+        raise ValueError(f"image is {kind} of shape {shape}: {remedy}")
+
+# %% ../nbs/82_checks.ipynb #82f0000b
+@singledispatch
+def as_picture(image: object) -> UInt8[Tensor, "3 y x"]:
+    """A picture in any form that programs have it in, as bytes of three colours; what
+    was given stays as it is."""
+    raise TypeError(
+        f"image is a {type(image).__name__}: give a path, a Pillow image, a NumPy array"
+        " of bytes (y x 3) or a tensor of bytes (3 y x)"
+    )
+
+
+@as_picture.register
+def _(image: str | Path) -> UInt8[Tensor, "3 y x"]:
+    """A file."""
+    return read_image(image)
+
+
+@as_picture.register
+def _(image: Tensor) -> UInt8[Tensor, "3 y x"]:
+    """A tensor, colours first; transparency is dropped."""
+    check_colours(image, 0, "image.permute(2, 0, 1)")
+    return image[:3]
+
+# %% ../nbs/82_checks.ipynb #82f0000c
+@as_picture.register
+def _(image: np.ndarray) -> UInt8[Tensor, "3 y x"]:
+    """An array as Pillow gives it: colours last, red first; grey has no colour axis."""
+    if image.ndim == 2 and image.dtype == np.uint8:
+        image = image[..., None].repeat(3, -1)
+    check_colours(image, -1, "image.transpose(1, 2, 0)")
+    return torch.from_numpy(image[..., :3].transpose(2, 0, 1).copy())
+
+
+@as_picture.register
+def _(image: Image.Image) -> UInt8[Tensor, "3 y x"]:
+    """A Pillow image, turned and coloured as a file's would be."""
+    name = getattr(image, "filename", "") or "image"
+    check_pixels(image.size, name)
+    upright = ImageOps.exif_transpose(image)
+    return as_picture(np.array(three_colours(upright, name)))
 
 # %% ../nbs/82_checks.ipynb #aacabb8a
 class Record(NamedTuple):
@@ -426,8 +553,10 @@ def target_record(image: Shaped[Tensor, "3 y x"], target: Target, index: int) ->
 # %% ../nbs/82_checks.ipynb #82a00009
 def turned_by_note(picture: Path | None) -> bool:
     """Whether a picture's EXIF note turns it by a quarter."""
-    with suppress(Exception), Image.open(picture) as file:  # None opens nothing
-        return int(file.getexif().get(ExifTags.Base.Orientation, 1)) >= 5
+    if picture is None:
+        return False
+    with suppress(DataError), opened(picture) as file:
+        return file.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
     return False
 
 
@@ -626,3 +755,109 @@ def readable_items(dataset: Dataset) -> tuple[list, list[Problem]]:
             stacklevel=4,
         )
     return kept, lost
+
+# %% ../nbs/82_checks.ipynb #82f0000e
+def loose(name: object) -> str:
+    """A class name without what tools change: capitals, spaces, hyphens and
+    underscores."""
+    return " ".join(str(name).casefold().replace("_", " ").replace("-", " ").split())
+
+
+def find_class(
+    name: object, raw: object, names: Sequence, ids: Sequence | None
+) -> int | None:
+    """Which label of a table has this name, or this name and number if two have it;
+    None if none has, or several."""
+    for spelled in (str, loose):
+        found = [k for k, other in enumerate(names) if spelled(other) == spelled(name)]
+        if len(found) > 1 and ids is not None:
+            found = [k for k in found if ids[k] == raw]
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
+
+
+def table_words(names: Sequence | None, ids: Sequence | None) -> str:
+    """A table of classes for people: "1 cat, 2 dog"."""
+    count = len(names if ids is None else ids)
+    columns = ids or range(count), names or ["(no name)"] * count
+    rows = [f"{raw} {name}" for raw, name in zip(*columns, strict=True)]
+    rest = [f"... ({count} in all)"] if count > 100 else []
+    return printable(", ".join([*rows[:100], *rest]))
+
+# %% ../nbs/82_checks.ipynb #82f0000f
+class Classes(NamedTuple):
+    """A table of classes.
+
+    Attributes:
+        names: of each label, or None.
+        ids: number of each label in files, or None.
+    """
+
+    names: Sequence | None
+    ids: Sequence | None
+
+    @classmethod
+    def of(cls, owner: object) -> "Classes":
+        """The table of a model or a dataset."""
+        names, ids = (getattr(owner, key, None) for key in ("names", "category_ids"))
+        return cls(None if names is None else list(names), ids and list(ids))
+
+
+def refuse_join(model: Classes, data: Classes, wrong: Sequence[str]) -> ValueError:
+    """The complaint about classes of data that are none of a model's."""
+    return ValueError(
+        f"classes: the model does not know {printable(format_list(wrong))} of the data,"
+        f" or knows it twice. The model has: {table_words(*model)}. The data have:"
+        f" {table_words(*data)}. Rename them in one of the two (model.names,"
+        " model.category_ids), or take them out of the data"
+    )
+
+# %% ../nbs/82_checks.ipynb #82f00010
+def join_by_id(model: Classes, data: Classes) -> list[int]:
+    """The label in the data of each label of a model that has numbers and no names."""
+    place = {raw: label for label, raw in enumerate(data.ids)}
+    joined = [place.get(raw, -1) for raw in model.ids]
+    if max(joined, default=-1) < 0:
+        raise refuse_join(model, data, data.names or data.ids)
+    return joined
+
+
+def join_classes(ours: Classes, theirs: Classes) -> list[int] | None:
+    """The label in the data of each label of a model, -1 where the data lack it; None
+    if nothing tells that labels differ. A difference that names settle is said."""
+    if ours.names is None or theirs.names is None:
+        return None if ours.ids is None else join_by_id(ours, theirs)
+    raw = theirs.ids or [None] * len(theirs.names)
+    pairs = zip(theirs.names, raw, strict=True)
+    found = [find_class(name, number, *ours) for name, number in pairs]
+    twice = Counter(found)
+    wrong = [
+        name
+        for name, label in zip(theirs.names, found, strict=True)
+        if label is None or twice[label] > 1
+    ]
+    if wrong:
+        raise refuse_join(ours, theirs, wrong)
+    say_differences(ours, theirs, found)
+    place = {label: k for k, label in enumerate(found)}
+    return [place.get(label, -1) for label in range(len(ours.names))]
+
+
+def say_differences(model: Classes, data: Classes, found: Sequence[int]) -> None:
+    """Warn of classes that are joined by name although the tables differ."""
+    unknown = [None] * len(found)
+    rows = zip(found, data.names, data.ids or unknown, strict=True)
+    told = [
+        f"{name!r} {number} is {model.names[k]!r} {(model.ids or found)[k]} of the model"
+        for k, name, number in rows
+        if (model.ids and data.ids and model.ids[k] != number)
+        or str(model.names[k]) != str(name)
+    ]
+    if told:
+        more = f" and {len(told) - 3} more" if len(told) > 3 else ""
+        warnings.warn(
+            "classes of data and model differ and are joined by name:"
+            f" {printable('; '.join(told[:3]))}{more}",
+            stacklevel=4,
+        )

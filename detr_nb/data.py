@@ -22,7 +22,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from .boxes import cxcywh_to_xyxy, scale_boxes, xyxy_to_cxcywh
-from .checks import TOLERANCE
+from .checks import TOLERANCE, check_pixels
 from .notation import Number, Target, forward_names
 
 # %% ../nbs/05_data.ipynb #a93b2816
@@ -86,13 +86,16 @@ def fitted_size(
     size: tuple[int, int], short_side: int, longest: Number = math.inf
 ) -> tuple[int, int]:
     """(height, width) after a resize of the short side, to less if the long side would
-    exceed its limit."""
+    exceed its limit; no side vanishes."""
     short, long = min(size), max(size)
     if long / short * short_side > longest:
         short_side = round(longest * short / long)
+    if short_side < 1:  # a line: it keeps its length
+        return tuple(1 if side == short else int(longest) for side in size)
     height, width = (
         short_side if side == short else int(short_side * side / short) for side in size
     )
+    check_pixels((width, height), f"a picture of {size[1]} x {size[0]}, resized,")
     return height, width
 
 # %% ../nbs/05_data.ipynb #c5bdd6e7

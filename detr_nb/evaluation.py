@@ -32,6 +32,7 @@ from detr_nb.boxes import (
     scale_boxes,
     xyxy_to_xywh,
 )
+from .checks import Classes, join_classes
 from .data import Batch, collate
 from .model import postprocess
 from .notation import Target, forward_names
@@ -529,10 +530,16 @@ def detect(model: nn.Module, batch: Batch, to_detections: Detect) -> list[Detect
     ]
 
 # %% ../nbs/11_evaluation.ipynb #0c2ea259
-def with_size(
-    image: Shaped[Tensor, "3 y x"], target: Target
+def checked_sample(
+    dataset: object, place: int, normalised: bool
 ) -> tuple[Shaped[Tensor, "3 y x"], Target]:
-    """The sample; a target that has no size has that of its image."""
+    """A sample of a dataset; a target that has no size has that of its image."""
+    image, target = dataset[place]
+    if normalised and image.dtype != torch.uint8:
+        raise ValueError(
+            f"dataset[{place}] gives an image of {image.dtype}: give colours from 0 to"
+            " 255 as torch.uint8, which are normalised here; or pass your own collate"
+        )
     return image, {"size": tuple(image.shape[-2:]), **target}
 
 # %% ../nbs/11_evaluation.ipynb #21811391
@@ -547,16 +554,21 @@ def predict_with_truth(
     """Give truth and detections of every image of a dataset, or of some, under the
     dataset's labels."""
     to_detections = to_detections or way_out(model)
-    source = getattr(model, "category_ids", None)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: give at least one image")
+    joined = join_classes(Classes.of(model), goal := Classes.of(dataset))
     make_batch = collate or batch_maker(model)
     places = range(len(dataset)) if places is None else places
     for start in range(0, len(places), batch_size):
         chosen = places[start : start + batch_size]
-        batch = make_batch([with_size(*dataset[i]) for i in chosen])
+        batch = make_batch(
+            [checked_sample(dataset, i, collate is None) for i in chosen]
+        )
         with evaluation_mode(model):
             rows = detect(model, batch, to_detections)
         for place, target, row in zip(chosen, batch.targets, rows, strict=True):
-            row = row if source is None else relabel(row, source, dataset.category_ids)
+            if joined is not None:
+                row = relabel(row, joined, range(len(goal.names or goal.ids)))
             yield target, {**row, "image_id": target.get("image_id", place)}
 
 # %% ../nbs/11_evaluation.ipynb #17fb411f
@@ -570,8 +582,9 @@ def predict(
     """Detections of every image of a dataset, under the dataset's own labels.
 
     Args:
-        model: maps `(images, pad)` to an `Output`. If it has `category_ids`, the raw id
-            of each of its labels, its labels are translated to the dataset's.
+        model: maps `(images, pad)` to an `Output`. If it has `names` or
+            `category_ids`, the name and the raw id of each of its labels, its labels
+            are translated to the dataset's.
         dataset: `dataset[i]` gives a uint8 image of the size that the model shall see,
             and a `Target`; has `category_ids`.
         batch_size: images a forward pass.
