@@ -6,6 +6,7 @@
 __all__ = ['train_step', 'rate_factor', 'TrainConfig', 'read_config', 'loop', 'fit']
 
 # %% ../nbs/12_training.ipynb #bb39d379
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from .checks import DataError
+from detr_nb.checks import (
+    FATAL,
+    DataError,
+    Problem,
+    Tally,
+    count_problems,
+    crowded,
+    summary,
+)
 from detr_nb.config import (
     Amount,
     BatchSize,
@@ -521,8 +530,33 @@ def prepared(
         yield batch
 
 # %% ../nbs/12_training.ipynb #9472a8be
-def check_before(dataset: Dataset, names: Sequence[str], role: str) -> None:
-    """Refuse data that would stop a run later."""
+STOPS = (*FATAL, "thin", "empty")  # kinds of problems with which no training starts
+
+
+def known_problems(dataset: Dataset) -> tuple[list[Problem], Tally]:
+    """What is known to be wrong with a dataset before its pictures are read."""
+    tally = Tally()
+    while hasattr(dataset, "dataset"):  # what lies under transforms
+        dataset = dataset.dataset
+    if isinstance(dataset, BoxDataset):
+        return list(file_problems(dataset, tally)), tally
+    counts = [len(target["labels"]) for target in getattr(dataset, "targets", ())]
+    tally.objects, tally.most = sum(counts), max(counts, default=0)
+    return list(count_problems(dataset, tally)) if counts else [], tally
+
+
+def report(role: str, problems: Sequence[Problem]) -> None:
+    """Say how many problems of each kind there are, and the first of them."""
+    if problems:
+        more = "\n  `detr-nb check-data` lists all" if len(problems) > 3 else ""
+        print(f"{role}: {summary(problems, limit=3)}{more}", file=sys.stderr)
+
+# %% ../nbs/12_training.ipynb #18a00001
+def check_before(
+    dataset: Dataset, names: Sequence[str], role: str
+) -> tuple[list[Problem], int]:
+    """Refuse data that would stop a run later; what else is wrong comes back, with the
+    most objects in an image."""
     if not len(dataset):
         raise ValueError(
             f"{role}: there are 0 images: does its split or file list any?"
@@ -532,14 +566,32 @@ def check_before(dataset: Dataset, names: Sequence[str], role: str) -> None:
             f"{role}: its classes are {list(dataset.names)}, but those to learn from"
             f" have {list(names)}: give both one list of names"
         )
-    while hasattr(dataset, "dataset"):  # what lies under transforms
-        dataset = dataset.dataset
-    if isinstance(dataset, BoxDataset):
-        if problem := next(file_problems(dataset), None):
-            raise DataError(problem)
+    problems, tally = known_problems(dataset)
+    if stop := next((one for one in problems if one.kind in STOPS), None):
+        report(role, problems if len(problems) > 1 else [])
+        raise DataError(stop)
     for place, target in enumerate(getattr(dataset, "targets", ())):
         if reason := explain_target(target, place, len(names)):
             raise ValueError(f"{role}: {reason}")
+    return problems, tally.most
+
+# %% ../nbs/12_training.ipynb #18a00002
+Known = dict[str, tuple[list[Problem], int]]  # of each part: problems, most objects
+
+
+def check_parts(train: Dataset, val: Dataset) -> Known:
+    """Refuse what would stop a run; what else is known of both parts comes back."""
+    parts = {"training data": train, "held-out data": val}
+    return {role: check_before(part, train.names, role) for role, part in parts.items()}
+
+
+def say_before(run: Run, known: Known) -> None:
+    """Say what is left out of a run that is about to start, and whether its model has
+    too few queries."""
+    queries = getattr(getattr(run.model, "config", None), "num_queries", None)
+    for role, (problems, most) in known.items():
+        if run.accelerator.is_main_process:
+            report(role, [*problems, *crowded(role, most, queries)])
 
 # %% ../nbs/12_training.ipynb #6994016c
 def fit(config: TrainConfig, watch: Watcher | None = None) -> Run:
@@ -574,9 +626,9 @@ def fit_held(
     # it draws or fetches, the others find it done
     with accelerator.main_process_first():
         train, val = config.data.load()
-    check_before(train, train.names, "training data")
-    check_before(val, train.names, "held-out data")
+    known = check_parts(train, val)
     run = create_run(config, train, accelerator)
+    say_before(run, known)
     criterion, clock = build_criterion(config, run.model), Stopwatch(run.parts)
     callbacks = build_callbacks(config, criterion, val, watch)
     share = accelerator.process_index, accelerator.num_processes
