@@ -100,18 +100,17 @@ def train(folder: str) -> None:
 
 
 def train_and_save_each_step(folder: str) -> None:
-    """One run of fifty steps, each of which is saved."""
+    """One run of 25 steps, each of which is saved."""
     torch.set_num_threads(1)
-    fit(replace(CONFIG, steps=50, save_every=0, folder=folder))
+    fit(replace(CONFIG, steps=25, save_every=0, folder=folder))
 
 
-def train_with_workers(pictures: Path, folder: str) -> None:
-    """A long run whose pictures are read by two processes, in a group of its own; exits with 7 if a worker dies."""
-    os.setsid()
+def train_with_workers(pictures: str, folder: str) -> None:
+    """A long run whose pictures are read by two processes; exits with 7 if one of these dies."""
     torch.set_num_threads(1)
-    places = [pictures / name / part for name in ("train", "val") for part in ("images", "annotations.json")]
+    places = [Path(pictures) / name / part for name in ("train", "val") for part in ("images", "annotations.json")]
     data = CocoData(*places, sizes=Sizes((64,), 64, (), eval_side=64), workers=2)
-    seen = Path(folder) / "log.jsonl.seen"
+    seen = Path(folder) / "seen"
     config = replace(CONFIG, data=data, steps=5000, evaluations=0, save_every=3600, log_every=4, folder=folder)
     try:
         fit(config, watch=lambda run: seen.touch())

@@ -6,8 +6,11 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -29,6 +32,7 @@ from detr_nb.steps import checked_step
 from detr_nb.training import build_criterion, check_before, create_run, fit
 
 SHORT = replace(CONFIG, steps=6, evaluations=1, log_every=2, ema=0)
+LATE = replace(SHORT, save_every=60)  # saves at its end, or when something ends it
 
 
 @pytest.fixture(scope="module")
@@ -379,14 +383,14 @@ def assert_goes_on_as_if_nothing_had_happened(config, saved: int) -> None:
 
 @pytest.mark.fault("a picture vanishes in mid-run (save_every 60)")
 def test_a_picture_that_vanishes_is_named_and_the_steps_so_far_are_saved(coco, tmp_path, capsys):
-    config = replace(SHORT, data=coco, folder=str(tmp_path / "run"))
+    config = replace(LATE, data=coco, folder=str(tmp_path / "run"))
     away = tmp_path / "away"
 
     def vanish(run):
         if run.step == 2:
             coco.train.rename(away)
 
-    ended(config, DataError, vanish, "picture is missing")
+    ended(config, DataError, vanish, "picture is FileNotFoundError")
     assert "the 2 steps so far are saved in" in capsys.readouterr().err
     away.rename(coco.train)
     assert_goes_on_as_if_nothing_had_happened(config, 2)
@@ -394,7 +398,7 @@ def test_a_picture_that_vanishes_is_named_and_the_steps_so_far_are_saved(coco, t
 
 @pytest.mark.fault("disk full for log.jsonl")
 def test_a_full_log_is_named_and_the_steps_so_far_are_saved(tmp_path):
-    config = replace(SHORT, folder=str(tmp_path))
+    config = replace(LATE, folder=str(tmp_path))
 
     def fill(run):
         if run.step == 2:
@@ -408,13 +412,13 @@ def test_a_full_log_is_named_and_the_steps_so_far_are_saved(tmp_path):
 
 
 def test_an_error_of_who_watches_saves_too(tmp_path):
-    config = replace(SHORT, folder=str(tmp_path))
+    config = replace(LATE, folder=str(tmp_path))
     ended(config, ZeroDivisionError, lambda run: 1 / (run.step - 4))
     assert_goes_on_as_if_nothing_had_happened(config, 4)
 
 
 def test_half_a_step_is_not_saved(tmp_path, monkeypatch, capsys):
-    config = replace(SHORT, folder=str(tmp_path))
+    config = replace(LATE, folder=str(tmp_path))
     step, calls = training.Muon.step, []
 
     def broken(self, *args):
@@ -450,7 +454,7 @@ class SlowToMeasure(Drawn):
 def test_a_signal_cuts_an_evaluation_which_is_made_when_the_run_goes_on(number, ends, last, tmp_path):
     slow = tmp_path / "slow"
     data = SlowToMeasure(slow=str(slow))
-    config = replace(SHORT, data=data, evaluations=2 if last == 3 else 1, folder=str(tmp_path / "run"))
+    config = replace(LATE, data=data, evaluations=2 if last == 3 else 1, folder=str(tmp_path / "run"))
     slow.touch()
     timer = threading.Timer(0, lambda: None)
 
@@ -481,16 +485,24 @@ class Timed(SlowToMeasure):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("whom", "code"), [("group", 143), ("worker", 7)])
-def test_a_signal_to_the_whole_group_or_to_a_worker_leaves_the_steps_saved(whom, code, processes, coco, tmp_path):
-    process = processes(small_runs.train_with_workers, coco.train.parent.parent, str(tmp_path / "run"))
-    wait_for(tmp_path / "run" / "log.jsonl.seen")
-    if whom == "group":
-        os.killpg(process.pid, signal.SIGTERM)
-    else:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(children[0]), signal.SIGKILL)
-    assert finish(process) == code
-    assert state_of(tmp_path / "run")["step"] > 3
+def test_a_signal_to_the_whole_group_or_to_a_worker_leaves_the_steps_saved(whom, code, coco, tmp_path):
+    run = tmp_path / "run"
+    words = f"import small_runs; small_runs.train_with_workers({str(coco.train.parent.parent)!r}, {str(run)!r})"
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    process = subprocess.Popen([sys.executable, "-c", words], env={**os.environ, "PYTHONPATH": paths},
+                               start_new_session=True)
+    try:
+        wait_for(run / "seen")
+        if whom == "group":
+            os.killpg(process.pid, signal.SIGTERM)
+        else:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(children[-1]), signal.SIGKILL)
+        assert process.wait(60) == code
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert state_of(run)["step"] > 3
 
 
 # --- what a checkpoint must hold ----------------------------------------------------------------------------------
@@ -552,7 +564,7 @@ def test_a_longer_run_is_told_how_to_go_on(finished):
 
 @pytest.mark.fault("going on after the annotations were changed")
 def test_going_on_with_other_annotations_is_said(coco, tmp_path, capsys):
-    config = replace(SHORT, data=coco, folder=str(tmp_path / "run"))
+    config = replace(LATE, data=coco, folder=str(tmp_path / "run"))
     ended(config, ZeroDivisionError, lambda run: 1 / (run.step - 2))
     capsys.readouterr()
     change(coco.train_file, lambda content: content["annotations"][2]["bbox"].__setitem__(0, 3))
