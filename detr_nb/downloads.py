@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from http.client import HTTPException, HTTPMessage, HTTPResponse
 from pathlib import Path, PurePosixPath
 from shutil import copyfileobj, disk_usage
-from typing import IO, NamedTuple
+from typing import NamedTuple
 from urllib.error import HTTPError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
@@ -126,7 +126,7 @@ class WebOnly(HTTPRedirectHandler):
     def redirect_request(
         self,
         req: Request,
-        fp: IO[bytes],
+        fp: HTTPResponse,
         code: int,
         msg: str,
         headers: HTTPMessage,

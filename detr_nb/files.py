@@ -56,10 +56,10 @@ def write_failure(path: Path, error: Exception) -> OSError:
     """The complaint about a file that could not be written."""
     there = os.path.lexists(path)
     kept = "what was there before is unharmed" if there else "nothing is there"
-    return OSError(
-        f"{path} could not be written ({error}); {kept}. Make room on the disk, or name"
-        " a place that may be written to"
-    )
+    remedy = "Make room on the disk, or name a place that may be written to"
+    if getattr(error, "errno", None) in (errno.EISDIR, errno.ELOOP):
+        remedy = "Remove what is in the way, or name another place"
+    return OSError(f"{path} could not be written ({error}); {kept}. {remedy}")
 
 # %% ../nbs/97_files.ipynb #97f00006
 @contextmanager

@@ -269,8 +269,8 @@ def mend_folder(run: Run) -> None:
 def foreign_part(folder: Path, kind: type[Config]) -> str:
     """What in a folder is not a run's; empty if nothing is."""
     for name in ("config.yaml", "log.jsonl", "checkpoint.pt"):
-        if (folder / name).is_dir():
-            return f"{name} is a folder"
+        if (folder / name).exists() and not (folder / name).is_file():
+            return f"{name} is a folder or a device, and no file"
     if (folder / "model.safetensors").exists():
         return "a saved model is there, model.safetensors"
     if (folder / "checkpoint.pt").exists():
@@ -280,7 +280,7 @@ def foreign_part(folder: Path, kind: type[Config]) -> str:
             text_config(kind, (folder / "config.yaml").read_text("utf8"))
         elif (folder / "log.jsonl").exists():
             with (folder / "log.jsonl").open(encoding="utf8") as file:
-                if (line := file.readline()).strip():
+                if (line := file.readline(100_000)).strip():
                     json.loads(line)["step"]
     except (KeyError, TypeError, ValueError) as error:  # ConfigError is one of these
         return f"its config.yaml or log.jsonl is not of a run of ours ({error})"

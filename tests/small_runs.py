@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch.utils.data import Dataset
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -17,8 +16,10 @@ from detr_nb.cache import render_scenes
 from detr_nb.config import ModelConfig
 from detr_nb.data import Preprocess
 from detr_nb.evaluation import evaluate
+from detr_nb.formats import CocoData, Sizes
 from detr_nb.loading import Augmented, DataConfig, MemoryDataset
 from detr_nb.model import DETR, TinyModel
+from detr_nb.runs import find_accelerator
 from detr_nb.shapes import EASY, Scenes
 from detr_nb.steps import accumulate_gradients, ready_to_train
 from detr_nb.training import TrainConfig, build_criterion, create_run, fit
@@ -98,6 +99,25 @@ def train(folder: str) -> None:
     fit(replace(CONFIG, folder=folder))
 
 
+def train_and_save_each_step(folder: str) -> None:
+    """One run of 25 steps, each of which is saved."""
+    torch.set_num_threads(1)
+    fit(replace(CONFIG, steps=25, save_every=0, folder=folder))
+
+
+def train_with_workers(pictures: str, folder: str) -> None:
+    """A long run whose pictures are read by two processes; exits with 7 if one of these dies."""
+    torch.set_num_threads(1)
+    places = [Path(pictures) / name / part for name in ("train", "val") for part in ("images", "annotations.json")]
+    data = CocoData(*places, sizes=Sizes((64,), 64, (), eval_side=64), workers=2)
+    seen = Path(folder) / "seen"
+    config = replace(CONFIG, data=data, steps=5000, evaluations=0, save_every=3600, log_every=4, folder=folder)
+    try:
+        fit(config, watch=lambda run: seen.touch())
+    except RuntimeError as error:
+        sys.exit(7 if "DataLoader worker" in str(error) else 8)
+
+
 def train_with_little_disk(folder: str) -> None:
     """One run that may write no file of more than a hundred kilobytes; exits with 5 if that is said clearly."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -110,7 +130,7 @@ def train_with_little_disk(folder: str) -> None:
 
 def gradients(config: TrainConfig, parts: int, mean_of_means: bool = False) -> dict[str, object]:
     """Losses and gradient of the first batch, in this number of parts in each process, and the held-out figures."""
-    team, (train_set, val) = Accelerator(), config.data.load()
+    team, (train_set, val) = find_accelerator(), config.data.load()
     run = create_run(config, train_set, team)
     batch = next(train_set.loader(7, 0).epoch(0, share=(team.process_index, team.num_processes)))
     groups = [[part] for part in batch.split(parts)] if mean_of_means else [batch.split(parts)]
@@ -126,7 +146,7 @@ def two_processes(folder: str) -> None:
     """What `test_distributed` compares: gradients, figures, and a run that is told to end after seven steps."""
     torch.set_num_threads(1)
     found = {parts: gradients(SHARED, parts) for parts in (1, 2)}
-    if Accelerator().is_main_process:
+    if find_accelerator().is_main_process:
         torch.save(found, Path(folder) / "gradients.pt")
 
     def tell(run):
@@ -138,7 +158,7 @@ def two_processes(folder: str) -> None:
         fit(replace(SHARED, folder=str(Path(folder) / "run")), watch=tell)
     except SystemExit as end:
         code = end.code
-    (Path(folder) / f"code{Accelerator().process_index}").write_text(str(code))
+    (Path(folder) / f"code{find_accelerator().process_index}").write_text(str(code))
 
 
 def wait_for(path: Path, seconds: float = 60) -> None:

@@ -4,9 +4,15 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
+import subprocess
+import sys
+import threading
 import time
-from dataclasses import replace
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -26,6 +32,7 @@ from detr_nb.steps import checked_step
 from detr_nb.training import build_criterion, check_before, create_run, fit
 
 SHORT = replace(CONFIG, steps=6, evaluations=1, log_every=2, ema=0)
+LATE = replace(SHORT, save_every=60)  # saves at its end, or when something ends it
 
 
 @pytest.fixture(scope="module")
@@ -287,3 +294,281 @@ def test_what_lies_under_a_transform_is_checked(coco):
     data.items[4]["file_name"] = "nowhere.png"
     with pytest.raises(DataError, match="nowhere.png"):
         check_before(Augmented(data, None), data.names, "training data")
+
+
+# --- folders ------------------------------------------------------------------------------------------------------
+def words_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.fault("--folder of another project with config.yaml and log.jsonl")
+@pytest.mark.parametrize(("files", "named"), [
+    ({"config.yaml": "site_name: pages\n", "log.jsonl": '{"level": "info"}\n'}, "config.yaml"),
+    ({"config.yaml": "- a list\n"}, "config.yaml"), ({"config.yaml": "\xff"}, "config.yaml"),
+    ({"log.jsonl": '{"level": "info"}\n'}, "log.jsonl"), ({"log.jsonl": "started\n"}, "log.jsonl"),
+    ({"model.safetensors": "", "config.json": "{}"}, "model.safetensors"),
+])
+def test_a_folder_of_something_else_is_refused_and_left(files, named, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, "latin1")
+    before = words_in(tmp_path)
+    with pytest.raises(ValueError, match=f"(?s){named}.*Give another folder"):
+        fit(replace(SHORT, folder=str(tmp_path)))
+    assert words_in(tmp_path) == before
+
+
+@pytest.mark.fault("checkpoint.tmp is a folder")
+@pytest.mark.parametrize("name", ["config.yaml", "log.jsonl", "checkpoint.pt"])
+def test_a_folder_in_place_of_a_file_is_said_before_the_first_step(name, tmp_path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=f"{name} is a folder"):
+        fit(replace(SHORT, folder=str(tmp_path)), watch=pytest.fail)
+
+
+@pytest.mark.fault("checkpoint.tmp is a folder")
+def test_other_names_in_the_folder_are_no_obstacle(tmp_path):
+    (tmp_path / "checkpoint.tmp").mkdir()
+    fit(replace(SHORT, folder=str(tmp_path)))
+    assert state_of(tmp_path)["step"] == 6
+    kept = {"checkpoint.pt", "checkpoint.tmp", "config.yaml", "log.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def steps_in_log(folder: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.fault("three at once, checkpoint read all the time")
+@pytest.mark.fault("two at once, --save_every 3")
+@pytest.mark.fault("the same command twice on one folder, --save_every 0")
+def test_a_folder_is_held_by_one_run_and_its_checkpoint_can_be_read_at_every_moment(processes, tmp_path):
+    first = processes(small_runs.train_and_save_each_step, str(tmp_path))
+    wait_for(tmp_path / "checkpoint.pt")
+    with pytest.raises(RuntimeError, match=f"in use as a run's folder by process {first.pid}"):
+        fit(replace(CONFIG, folder=str(tmp_path)))
+    seen = set()
+    while first.is_alive():
+        seen.add(state_of(tmp_path)["step"])
+    assert finish(first) == 0 and len(seen) > 3
+    assert steps_in_log(tmp_path) == sorted(set(steps_in_log(tmp_path)))
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", "config.yaml", "log.jsonl"}
+
+
+@pytest.mark.fault("folder deleted in mid-run")
+def test_a_folder_that_is_deleted_is_made_whole_again_and_said(tmp_path, capsys):
+    def delete(run):
+        if run.step == 4:
+            shutil.rmtree(run.folder)
+
+    fit(replace(SHORT, folder=str(tmp_path / "run")), watch=delete)
+    assert "was deleted while the run wrote there" in capsys.readouterr().err
+    assert {"checkpoint.pt", "config.yaml", "log.jsonl"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    assert steps_in_log(tmp_path / "run") == [2, 4, 6]
+
+
+# --- whatever ends it ---------------------------------------------------------------------------------------------
+def ended(config, error, watch=None, match=None) -> None:
+    with pytest.raises(error, match=match):
+        fit(config, watch)
+
+
+def assert_goes_on_as_if_nothing_had_happened(config, saved: int) -> None:
+    """The state that an error left is that of `saved` steps, and the run ends like one without an error."""
+    assert state_of(Path(config.folder))["step"] == saved
+    whole, resumed = fit(replace(config, folder="")), fit(config)
+    assert same(resumed.model.state_dict(), whole.model.state_dict())
+    rows = [[{**row, "seconds": 0} for row in run.history] for run in (whole, resumed)]
+    assert repr(rows[0]) == repr(rows[1]) and steps_in_log(Path(config.folder)) == [row["step"] for row in rows[0]]
+
+
+@pytest.mark.fault("a picture vanishes in mid-run (save_every 60)")
+def test_a_picture_that_vanishes_is_named_and_the_steps_so_far_are_saved(coco, tmp_path, capsys):
+    config = replace(LATE, data=coco, folder=str(tmp_path / "run"))
+    away = tmp_path / "away"
+
+    def vanish(run):
+        if run.step == 2:
+            coco.train.rename(away)
+
+    ended(config, DataError, vanish, "picture is FileNotFoundError")
+    assert "the 2 steps so far are saved in" in capsys.readouterr().err
+    away.rename(coco.train)
+    assert_goes_on_as_if_nothing_had_happened(config, 2)
+
+
+@pytest.mark.fault("disk full for log.jsonl")
+def test_a_full_log_is_named_and_the_steps_so_far_are_saved(tmp_path):
+    config = replace(LATE, folder=str(tmp_path))
+
+    def fill(run):
+        if run.step == 2:
+            (tmp_path / "log.jsonl").unlink()
+            (tmp_path / "log.jsonl").symlink_to("/dev/full")
+
+    ended(config, OSError, fill, r"log\.jsonl could not be written .*No space left")
+    ended(config, ValueError, None, r"log\.jsonl is a folder or a device")
+    (tmp_path / "log.jsonl").unlink()
+    assert_goes_on_as_if_nothing_had_happened(config, 4)
+
+
+def test_an_error_of_who_watches_saves_too(tmp_path):
+    config = replace(LATE, folder=str(tmp_path))
+    ended(config, ZeroDivisionError, lambda run: 1 / (run.step - 4))
+    assert_goes_on_as_if_nothing_had_happened(config, 4)
+
+
+def test_half_a_step_is_not_saved(tmp_path, monkeypatch, capsys):
+    config = replace(LATE, folder=str(tmp_path))
+    step, calls = training.Muon.step, []
+
+    def broken(self, *args):
+        calls.append(1)
+        step(self, *args)
+        if len(calls) == 3:
+            raise MemoryError("in the middle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Muon, "step", broken)
+        ended(config, MemoryError)
+    assert "while step 2 changed the weights: nothing was saved" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+@dataclass(frozen=True)
+class SlowToMeasure(Drawn):
+    """Scenes whose evaluation takes half a minute, as long as a file says so."""
+
+    slow: str = ""
+
+    def evaluate(self, model, dataset, **options):
+        end = time.monotonic() + (30 if Path(self.slow).exists() else 0)
+        while time.monotonic() < end:
+            model.training  # noqa: B018 - works, but not for long in one piece
+        return super().evaluate(model, dataset, **options)
+
+
+@pytest.mark.fault("SIGTERM during an evaluation of 4000 images")
+@pytest.mark.fault("the same, default model, 128 px")
+@pytest.mark.parametrize(("number", "ends", "last"), [
+    (signal.SIGTERM, SystemExit, 3), (signal.SIGINT, KeyboardInterrupt, 6)])
+def test_a_signal_cuts_an_evaluation_which_is_made_when_the_run_goes_on(number, ends, last, tmp_path):
+    slow = tmp_path / "slow"
+    data = SlowToMeasure(slow=str(slow))
+    config = replace(LATE, data=data, evaluations=2 if last == 3 else 1, folder=str(tmp_path / "run"))
+    slow.touch()
+    timer = threading.Timer(0, lambda: None)
+
+    def tell_soon(model):
+        nonlocal timer
+        timer = threading.Timer(0.5, os.kill, (os.getpid(), number))
+        timer.start()
+
+    begun = time.monotonic()
+    Timed.begin = tell_soon
+    with pytest.raises(ends) as left:
+        fit(replace(config, data=Timed(slow=str(slow))))
+    assert time.monotonic() - begun < 15
+    assert number == signal.SIGINT or left.value.code == 143
+    slow.unlink()
+    assert_goes_on_as_if_nothing_had_happened(replace(config, data=Timed(slow=str(slow))), last)
+
+
+@dataclass(frozen=True)
+class Timed(SlowToMeasure):
+    """Tells when the evaluation begins."""
+
+    def evaluate(self, model, dataset, **options):
+        if Path(self.slow).exists():
+            Timed.begin(model)
+        return super().evaluate(model, dataset, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("whom", "code"), [("group", 143), ("worker", 7)])
+def test_a_signal_to_the_whole_group_or_to_a_worker_leaves_the_steps_saved(whom, code, coco, tmp_path):
+    run = tmp_path / "run"
+    words = f"import small_runs; small_runs.train_with_workers({str(coco.train.parent.parent)!r}, {str(run)!r})"
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    process = subprocess.Popen([sys.executable, "-c", words], env={**os.environ, "PYTHONPATH": paths},
+                               start_new_session=True)
+    try:
+        wait_for(run / "seen")
+        if whom == "group":
+            os.killpg(process.pid, signal.SIGTERM)
+        else:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(children[-1]), signal.SIGKILL)
+        assert process.wait(60) == code
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert state_of(run)["step"] > 3
+
+
+# --- what a checkpoint must hold ----------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[object, dict]:
+    """A run of two steps, and its state."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = replace(SHORT, steps=2, evaluations=0, folder=str(folder))
+    fit(config)
+    return config, state_of(folder)
+
+
+def without(name):
+    return lambda state: state.pop(name)
+
+
+def spoilt(*path):
+    def spoil(state):
+        for name in path:
+            state = state[name] if name is not None else next(iter(state.values()))
+        state.view(-1)[0] = float("nan")
+
+    return spoil
+
+
+def reshaped(state):
+    moments = state["optimizer"]["state"][0]
+    moments["mean"] = moments["mean"].new_zeros(3, 5)
+
+
+DAMAGES = {
+    "optimizer": without("optimizer"), "history": without("history"), "raw_model": without("raw_model"),
+    "model": without("model"), "averages": without("averages"), "step": without("step"),
+    "'history' is a str": lambda state: state.update(history="long"),
+    "mean of parameter 0": reshaped, "model\\.": spoilt("model", "queries.embedding.weight"),
+}
+MOMENTS = {r"optimizer\.state\.0\.mean": spoilt("optimizer", "state", 0, "mean")}
+
+
+@pytest.mark.parametrize(("named", "damage"), [
+    *(pytest.param(*pair, marks=pytest.mark.fault(
+        "checkpoint.pt without optimizer / history / raw_model / model / averages")) for pair in DAMAGES.items()),
+    *(pytest.param(*pair, marks=pytest.mark.fault("NaN in the optimiser's moments")) for pair in MOMENTS.items()),
+])
+def test_a_checkpoint_that_lacks_a_part_is_named_and_nothing_is_trained(named, damage, finished, tmp_path):
+    config, state = finished[0], deepcopy(finished[1])
+    damage(state)
+    save_atomically(state, tmp_path / "checkpoint.pt")
+    before = words_in(tmp_path)
+    with pytest.raises(ValueError, match=rf"(?s)checkpoint\.pt \(\d+ bytes\) cannot be read .*{named}"):
+        fit(replace(config, folder=str(tmp_path)), watch=pytest.fail)
+    assert words_in(tmp_path) == before
+
+
+def test_a_longer_run_is_told_how_to_go_on(finished):
+    with pytest.raises(ValueError, match=r"steps: there 2, here 4\n.*--model FineTuned --model\.weights .*finished"):
+        fit(replace(finished[0], steps=4))
+
+
+@pytest.mark.fault("going on after the annotations were changed")
+def test_going_on_with_other_annotations_is_said(coco, tmp_path, capsys):
+    config = replace(LATE, data=coco, folder=str(tmp_path / "run"))
+    ended(config, ZeroDivisionError, lambda run: 1 / (run.step - 2))
+    capsys.readouterr()
+    change(coco.train_file, lambda content: content["annotations"][2]["bbox"].__setitem__(0, 3))
+    fit(config)
+    assert re.search(r"the data have changed since .*checkpoint\.pt was written", capsys.readouterr().err)
+    fit(config)
+    assert "changed" not in capsys.readouterr().err
