@@ -15,7 +15,7 @@ from torch import nn
 from .config import ModelConfig, QueryCount
 from .model import DETR
 from .optimizer import freeze
-from .pretrained import pretrained_model
+from .pretrained import trained_body
 
 # %% ../nbs/20_finetuning.ipynb #809eb3aa
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class FineTuned(ModelConfig):
 
     def build(self, num_classes: int) -> DETR:
         """Load, replace the head, freeze."""
-        model = replace_head(pretrained_model(self.weights), num_classes)
+        model = replace_head(trained_body(self.weights, num_classes), num_classes)
         return freeze(
             resize_queries(model, self.num_queries) if self.num_queries else model,
             *self.frozen,
