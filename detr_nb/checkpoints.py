@@ -12,11 +12,11 @@ import os
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from time import monotonic
-from typing import IO, Annotated, NamedTuple
+from typing import Annotated, NamedTuple
 from urllib.error import URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
@@ -158,7 +158,7 @@ def unwrapped(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return unwrapped({n.removeprefix(wrapper): value for n, value in state.items()})
 
 
-def weights_of(saved: Mapping[str, object], path: Path) -> Mapping[str, Tensor]:
+def weights_of(saved: Mapping, path: Path) -> Mapping[str, Tensor]:
     """The state dict in what a file holds: under one of `KEYS`, or all of it."""
     found = [saved[key] for key in KEYS if is_state(saved.get(key))]
     state = found[0] if found else saved
@@ -183,6 +183,8 @@ OPTIONS = {"nheads": "nheads", "pre_norm": "pre_norm", "dilation": "backbone.dil
 def described(words: object, path: Path) -> ModelConfig | None:
     """The configuration that a file of ours holds; None if it holds none."""
     try:
+        if words is not None and not isinstance(words, dict):
+            raise TypeError(f"description is a {type(words).__name__}")
         return read_description(words) if words else None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -191,7 +193,7 @@ def described(words: object, path: Path) -> ModelConfig | None:
         ) from error
 
 # %% ../nbs/88_checkpoints.ipynb #925c6df0
-def told_beside(saved: Mapping[str, object], path: Path) -> Beside:
+def told_beside(saved: Mapping, path: Path) -> Beside:
     """What a checkpoint says beside its weights, checked."""
     words = saved.get("description") or {}
     told = {"num_classes": words.get("num_classes"), **saved}
@@ -201,7 +203,7 @@ def told_beside(saved: Mapping[str, object], path: Path) -> Beside:
         raise ValueError(f"{path}: {error}") from error
 
 
-def authors_options(saved: Mapping[str, object], path: Path) -> dict[str, object]:
+def authors_options(saved: Mapping, path: Path) -> dict[str, object]:
     """The authors' options that change what weights mean, by the names of our
     fields."""
     args = saved.get("args", {})
@@ -460,28 +462,33 @@ class WebOnly(HTTPRedirectHandler):
         return super().redirect_request(request, *rest)
 
 
-def copy_reply(reply: IO, file: IO, limits: tuple[float, int]) -> str:
-    """Write what a server sends, within (moment, bytes); returns its sha256."""
-    found, size = hashlib.sha256(), 0
-    while block := reply.read(2**16):
-        size += file.write(block)
-        found.update(block)
-        if monotonic() > limits[0] or size > limits[1]:
-            raise OSError(f"it has not ended after {size} bytes")
+def blocks(reply: object) -> Iterator[bytes]:
+    """What a server sends, until it ends as it should, or does not."""
+    start, size = monotonic(), 0
+    try:
+        while block := reply.read1(2**16):
+            size += len(block)
+            yield block
+            if monotonic() > start + LONGEST or size > LARGEST:
+                raise HTTPException(f"it has not ended after {size} bytes")
+    except OSError as error:
+        raise HTTPException(f"{type(error).__name__}: {error}") from error
     wanted = reply.headers["Content-Length"]
     if wanted is not None and wanted != str(size):
-        raise OSError(f"it broke off after {size} of {printable(wanted)} bytes")
-    return found.hexdigest()
+        raise HTTPException(f"it broke off after {size} of {wanted} bytes")
 
 # %% ../nbs/88_checkpoints.ipynb #88f00007
 def receive(address: str, path: Path, digits: str) -> None:
     """Fetch a file to its place; it is only there if its hash begins with the
     digits."""
-    opener = build_opener(WebOnly)
     request = Request(address, headers={"User-Agent": "detr_nb"})
-    with replacing(path, "wb") as file:
-        with opener.open(request, timeout=SILENCE) as reply:
-            found = copy_reply(reply, file, (monotonic() + LONGEST, LARGEST))
+    reply = build_opener(WebOnly).open(request, timeout=SILENCE)
+    content = hashlib.sha256()
+    with reply, replacing(path, "wb") as file:
+        for block in blocks(reply):
+            content.update(block)
+            file.write(block)
+        found = content.hexdigest()
         if not found.startswith(digits):
             raise ValueError(
                 f"what {address} gave is broken or another file, and was not kept:"
@@ -518,7 +525,7 @@ def download(address: str) -> Path:
     try:
         receive(address, path, digits[1])
     except (OSError, HTTPException) as error:
-        reason = printable(f"{type(error).__name__}: {error}")
+        reason = " ".join(printable(f"{type(error).__name__}: {error}").split())
         raise RuntimeError(
             f"the network does not give {address} ({reason}): try again, or put the file"
             f" into {path.parent}, or give its path"

@@ -330,7 +330,7 @@ def saved_model(folder: Path, weights: str = WEIGHTS) -> nn.Module:
     except RuntimeError as error:
         raise ValueError(
             f"{folder / weights} does not belong to the {CONFIG} beside it: save the"
-            f" model again. {str(error)[:500]}"
+            f" model again. {' '.join(str(error).split())[:500]}"
         ) from error
     return model.eval()
 

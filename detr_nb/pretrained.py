@@ -407,7 +407,8 @@ def with_class_head(checkpoint: Checkpoint, num_classes: int) -> Checkpoint:
     head = "decoder.head.classes."
     if checkpoint.config or any("class" in name for name in checkpoint.state):
         return checkpoint
-    state = convert_names(checkpoint.state, {})
+    ours = {n: v for n, v in checkpoint.state.items() if n.startswith("memory.")}
+    state = convert_names(checkpoint.state, ours)
     width = rows(state, "memory.project.bias") or 1
     fresh = nn.Linear(width, num_classes + 1).state_dict(prefix=head)
     return checkpoint._replace(state=state | fresh, names=None, category_ids=None)
