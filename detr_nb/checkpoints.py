@@ -17,7 +17,7 @@ from http.client import HTTPException
 from pathlib import Path
 from time import monotonic
 from typing import Annotated, NamedTuple
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
@@ -454,8 +454,10 @@ class WebOnly(HTTPRedirectHandler):
     """Follows an address to the web only: to no file, no other service."""
 
     def redirect_request(self, request: Request, *rest: object) -> Request | None:
-        """What to ask for instead; `rest` ends with the new address."""
+        """What to ask for instead; `rest` begins with the reply and ends with the new
+        address."""
         if urlsplit(rest[-1]).scheme not in ("http", "https"):
+            rest[0].close()
             raise URLError(
                 f"it leads to {printable(rest[-1])}, which is no web address"
             )
@@ -525,6 +527,8 @@ def download(address: str) -> Path:
     try:
         receive(address, path, digits[1])
     except (OSError, HTTPException) as error:
+        if isinstance(error, HTTPError):
+            error.close()  # else it keeps the connection
         reason = " ".join(printable(f"{type(error).__name__}: {error}").split())
         raise RuntimeError(
             f"the network does not give {address} ({reason}): try again, or put the file"
