@@ -292,11 +292,9 @@ def load_checkpoint(
 ) -> nn.Module:
     """Give a model all that a checkpoint holds; `source` is its name for messages."""
     names, ids = checkpoint.names, checkpoint.category_ids
-    try:
-        check_classes(names, ids, model.num_classes)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
-    model.load_state_dict(fitting_state(model, checkpoint, source))
+    state = fitting_state(model, checkpoint, source)
+    check_classes(names, ids, model.num_classes)
+    model.load_state_dict(state)
     if names is None and model.num_classes == len(COCO_NAMES):
         names, ids = COCO_NAMES, range(len(COCO_NAMES))
     model.names, model.category_ids = names and list(names), ids and list(ids)
