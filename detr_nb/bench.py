@@ -29,9 +29,10 @@ from pycocotools.cocoeval import COCOeval
 
 from .attention import MultiHeadAttention
 from .boxes import cxcywh_to_xyxy, pairwise_giou, scale_boxes
-from .config import Config, Count, Within
+from .config import Config, Count, Switch, Within
 from .data import Batch, train_transform
 from .evaluation import coco_annotations, coco_evaluate, coco_index, coco_results
+from .files import json_text, replacing
 from .formats import CocoDataset, write_coco
 from .loading import Augmented, ShapesData
 from .matcher import HungarianMatcher, Matches, assign
@@ -380,7 +381,9 @@ class Bench(Config):
         rounds: how many rounds count in each comparison.
         images: how many images the evaluation gets.
         bf16: also compute in bfloat16; if left out, where that pays.
-        out: JSON file for the record; none is written if left out.
+        out: JSON file for the record, which grows with each comparison; none is
+            written if left out. An earlier record is replaced, another file is not.
+        overwrite: replace the file of `out`, whatever it is.
     """
 
     only: tuple[str, ...] = COMPARISONS
@@ -391,11 +394,14 @@ class Bench(Config):
     images: Count = 5000
     bf16: bool | None = None
     out: Path | None = None
+    overwrite: Switch = False
 
 # %% ../nbs/17_bench.ipynb #17b00042
 def check_bench(options: Bench) -> None:
     """Refuse what cannot be measured, before an hour has gone into it."""
     for flag, known in (("only", COMPARISONS), ("backbones", DEPTHS)):
+        if not getattr(options, flag):
+            raise ValueError(f"--{flag} names nothing to measure: {', '.join(known)}")
         if unknown := set(getattr(options, flag)) - set(known):
             words = "comparisons" if flag == "only" else flag
             raise ValueError(
@@ -404,8 +410,10 @@ def check_bench(options: Bench) -> None:
             )
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("a"):
-            pass
+        with options.out.open("a"):  # is an error where nothing can be written
+            new = options.out.stat().st_size == 0
+        if new and options.out.is_file():
+            options.out.unlink()
 
 # %% ../nbs/17_bench.ipynb #17b00048
 def memory_cases(bf16: bool) -> list[MemoryCase]:
@@ -462,12 +470,9 @@ def command_of(options: Bench) -> str:
     words = ["detr-nb", "bench"]
     for field in fields(options):
         value = getattr(options, field.name)
-        if field.name != "out" and value != field.default:
-            flag = field.name.replace("_", "-")
-            parts = value if isinstance(value, tuple) else (value,)
-            words += [f"--{'no-' * (value is False)}{flag}"] + [
-                str(p) for p in parts if not isinstance(p, bool)
-            ]
+        if field.name not in ("out", "overwrite") and value != field.default:
+            value = list(value) if isinstance(value, tuple) else value
+            words += [f"--{field.name}", json.dumps(value).replace('"', "")]
     return shlex.join(words)
 
 
@@ -522,10 +527,12 @@ def bench(options: Bench) -> int:
     for results in measure(options):
         of_growth = bool(results) and isinstance(results[0], Growth)
         (growths if of_growth else rows).extend(results)
+        if options.out is not None:
+            record = record_of(options, rows, growths, load)
+            with replacing(options.out) as file:
+                file.write(json_text(record, indent=1) + "\n")
         print(growth_table(results) if of_growth else table(results), flush=True)
-    record = record_of(options, rows, growths, load)
     if options.out is not None:
-        options.out.write_text(json.dumps(record, indent=1) + "\n", "utf8")
         print(f"\nwritten to {options.out}")
     return 0
 

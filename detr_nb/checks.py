@@ -8,11 +8,13 @@ __all__ = ['Problem', 'DataError', 'read_image', 'check_data', 'summary']
 # %% ../nbs/82_checks.ipynb #5b250002
 import math
 import os
+import reprlib
 import stat
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import singledispatch
 from pathlib import Path
 from typing import NamedTuple
@@ -38,9 +40,17 @@ KINDS = (
     "duplicate",
     "size",
     "orphan",
+    "outline",
+    "ambiguous",
+    "thin",
+    "blank",
+    "polygon",
+    "left out",
+    "crowded",
+    "empty",
 )
 # refused on loading; the others can be repaired or tolerated
-FATAL = ("unreadable", "unknown class", "non-finite")
+FATAL = ("unreadable", "unknown class", "non-finite", "outline", "ambiguous")
 
 # %% ../nbs/82_checks.ipynb #613a6277
 class Problem(NamedTuple):
@@ -76,18 +86,22 @@ class DataError(ValueError):
         self.problem = problem
 
 # %% ../nbs/82_checks.ipynb #d33dff95
-def unreadable(file: Path | str, field: str, error: Exception) -> DataError:
+# what to do, by the first of these errors that fits
+REMEDIES = {
+    FileNotFoundError: "check the folder, or drop the entry",
+    UnicodeError: "save the file as UTF-8",
+    OSError: "restore the file, or take it off the list",
+}
+
+
+def unreadable(
+    file: Path | str, field: str, error: Exception, remedy: str | None = None
+) -> DataError:
     """The complaint about a file that cannot be read at all."""
+    kinds = [words for kind, words in REMEDIES.items() if isinstance(error, kind)]
+    remedy = remedy or (kinds or [REMEDIES[OSError]])[0]
     value = f"{type(error).__name__}: {error}"
-    return DataError(
-        Problem(
-            str(file),
-            field,
-            value,
-            "restore the file, or take it off the list",
-            "unreadable",
-        )
-    )
+    return DataError(Problem(str(file), field, value, remedy, "unreadable"))
 
 # %% ../nbs/82_checks.ipynb #82f00001
 # Pillow's name of each format that is read, and how its files end
@@ -351,6 +365,8 @@ class Record(NamedTuple):
         image_id: number of the image.
         area: square pixels of each object's outline, or None.
         outlines: COCO segmentation of each object, or None if masks are not wanted.
+        faults: what was wrong with rows that are left out of all of these.
+        polygons: how many boxes were drawn around polygons.
     """
 
     image: Path | None
@@ -364,6 +380,8 @@ class Record(NamedTuple):
     image_id: int
     area: Float[Tensor, " t"] | None = None
     outlines: list | None = None
+    faults: Sequence[Problem] = ()
+    polygons: int = 0
 
 # %% ../nbs/82_checks.ipynb #a351b292
 TOLERANCE = 0.01  # pixels: what rounding may add to a box, or leave of one that is gone
@@ -372,9 +390,11 @@ TOLERANCE = 0.01  # pixels: what rounding may add to a box, or leave of one that
 def four_numbers(values: object) -> list[float]:
     """Four floats, or four NaNs if that is not what stands there."""
     try:
+        if not isinstance(values, list | tuple) or any(v is True for v in values):
+            raise TypeError("no list of numbers")
         a, b, c, d = (float(value) for value in values)
         return [a, b, c, d]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return [math.nan] * 4
 
 # %% ../nbs/82_checks.ipynb #95fa5db5
@@ -402,38 +422,113 @@ def box_faults(
             ),
         )
 
+# %% ../nbs/82_checks.ipynb #82a00002
+def read_polygon(numbers: object, size: tuple[int, int] | None) -> list[float]:
+    """A polygon's x and y in turn, or a `ValueError` that says what to do."""
+    try:
+        corners = np.asarray(numbers, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        corners = np.zeros((0, 0))
+    if corners.ndim != 1 or not np.isfinite(corners).all():
+        raise ValueError("write x and y of each corner as finite numbers")
+    if len(corners) < 6 or len(corners) % 2:
+        raise ValueError(
+            f"write x and y of at least three corners; {len(corners)} numbers are none"
+        )
+    height, width = size or (math.inf, math.inf)
+    for along, side in ((corners[::2], width), (corners[1::2], height)):
+        if along.min() < -side or along.max() > 2 * side:
+            raise ValueError(f"it is far outside of the {height} x {width} picture")
+    return corners.tolist()
+
+# %% ../nbs/82_checks.ipynb #82a00004
+def unpack_runs(packed: str | bytes) -> list[int]:
+    """The run lengths in COCO's packed text."""
+    runs, value, shift = [], 0, 0
+    for letter in packed.decode("latin-1") if isinstance(packed, bytes) else packed:
+        piece = ord(letter) - 48
+        if not 0 <= piece < 64 or shift > 60:
+            raise ValueError(f"{letter!r} is no letter of packed run lengths there")
+        value |= (piece & 31) << shift
+        shift += 5
+        if not piece & 32:  # the last piece, whose highest bit is a sign
+            value -= (1 << shift) if piece & 16 else 0
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise ValueError("the packed run lengths break off")
+    return runs
+
+# %% ../nbs/82_checks.ipynb #82a00006
+def read_runs(outline: Mapping, size: tuple[int, int] | None) -> dict:
+    """Run lengths that fit the picture, or a `ValueError` that says what to do."""
+    stated = outline.get("size") or size
+    if size and list(stated) != list(size):
+        raise ValueError(
+            f"its size is {reprlib.repr(stated)}, the picture has {list(size)}: draw it"
+            " on this picture"
+        )
+    counts = outline.get("counts")
+    if isinstance(counts, str | bytes):
+        runs = unpack_runs(counts)
+    elif isinstance(counts, list) and all(type(run) is int for run in counts):
+        runs = counts
+    else:
+        raise ValueError("write its counts as a list of whole numbers, or packed")
+    if min(runs, default=0) < 0 or size and sum(runs) != math.prod(size):
+        raise ValueError(
+            f"its counts must be 0 or more, and {math.prod(size or ())} in all"
+        )
+    return {"size": list(stated or ()), "counts": counts}
+
+# %% ../nbs/82_checks.ipynb #82a00007
+def read_outline(outline: object, size: tuple[int, int] | None) -> list | dict | None:
+    """A COCO segmentation as pycocotools may have it, or a `ValueError` that says what
+    to do; None where nothing is written."""
+    if outline is None or outline == []:
+        return None
+    if isinstance(outline, Mapping):
+        return read_runs(outline, size)
+    if not isinstance(outline, list):
+        raise ValueError("write a list of polygons, or run lengths")
+    nested = isinstance(outline[0], list)  # else one polygon without its list
+    return [
+        read_polygon(polygon, size) for polygon in (outline if nested else [outline])
+    ]
+
+
+def outline_problems(record: Record, size: tuple[int, int] | None) -> Iterator[Problem]:
+    """Outlines that cannot be painted."""
+    rows = zip(
+        record.fields, record.outlines or [None] * len(record.fields), strict=True
+    )
+    for field, outline in rows:
+        try:
+            read_outline(outline, size)
+        except (ValueError, TypeError) as error:
+            value, where = reprlib.repr(outline), f"{field} segmentation"
+            yield Problem(record.file, where, value, str(error), "outline")
+
 # %% ../nbs/82_checks.ipynb #68ad8561
 def record_problems(
     record: Record, known: Mapping[Hashable, int], size: tuple[int, int] | None = None
 ) -> Iterator[Problem]:
     """Everything that is wrong with the boxes of one entry."""
+    yield from record.faults
+    size, file = size or record.size, record.file
     first: dict[tuple, str] = {}
-    rows = zip(
-        record.fields,
-        record.written,
-        record.boxes_xyxy.tolist(),
-        record.classes,
-        strict=True,
-    )
+    boxes = record.boxes_xyxy.tolist()
+    rows = zip(record.fields, record.written, boxes, record.classes, strict=True)
     for field, value, box, name in rows:
-        for kind, remedy in box_faults(box, size or record.size):
-            yield Problem(record.file, f"{field} box", str(value), remedy, kind)
+        for kind, remedy in box_faults(box, size):
+            yield Problem(file, f"{field} box", str(value), remedy, kind)
         if name not in known:
-            yield Problem(
-                record.file,
-                f"{field} class",
-                repr(name),
-                f"use one of {format_list(known)}",
-                "unknown class",
-            )
+            remedy = f"use one of {format_list(known)}"
+            yield Problem(file, f"{field} class", repr(name), remedy, "unknown class")
         if (earlier := first.setdefault((name, *box), field)) != field:
-            yield Problem(
-                record.file,
-                f"{field} box",
-                str(value),
-                f"delete it, {earlier} is the same",
-                "duplicate",
-            )
+            remedy = f"delete it, {earlier} is the same"
+            yield Problem(file, f"{field} box", str(value), remedy, "duplicate")
+    yield from outline_problems(record, size)
 
 # %% ../nbs/82_checks.ipynb #19e9dc5a
 def target_record(image: Shaped[Tensor, "3 y x"], target: Target, index: int) -> Record:
@@ -455,44 +550,137 @@ def target_record(image: Shaped[Tensor, "3 y x"], target: Target, index: int) ->
         index,
     )
 
-# %% ../nbs/82_checks.ipynb #103438b2
-def entry_problems(
-    dataset: Dataset, index: int, known: Mapping[Hashable, int]
+# %% ../nbs/82_checks.ipynb #82a00009
+def turned_by_note(picture: Path | None) -> bool:
+    """Whether a picture's EXIF note turns it by a quarter."""
+    if picture is None:
+        return False
+    with suppress(DataError), opened(picture) as file:
+        return file.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
+    return False
+
+
+def size_problems(
+    dataset: Dataset, record: Record, size: tuple[int, int]
 ) -> Iterator[Problem]:
-    """Everything that is wrong with one image of a dataset, its picture included."""
-    try:
-        record = (
-            dataset.record(index)
-            if hasattr(dataset, "record")
-            else target_record(*dataset[index], index)
-        )
-    except DataError as error:
-        yield error.problem
-        return
-    size = record.size
-    if record.image is not None:
-        try:
-            size = tuple(read_image(record.image).shape[1:])
-        except DataError as error:
-            yield error.problem
+    """A picture whose size is not the stated one, or of which a resize leaves nothing."""
+    height, width = size
     if record.size not in (None, size):
         remedy = (
             f"the picture has {size}: was it resized or turned after the boxes were"
             " drawn?"
         )
-        yield Problem(
-            record.file, "size (height, width)", str(record.size), remedy, "size"
-        )
+        if record.size == (width, height) and turned_by_note(record.image):
+            remedy = (
+                f"turned by its EXIF note, the picture has {size}: turn the boxes too,"
+                " or delete the note if they were drawn on the picture as it is stored"
+            )
+        where = "size (height, width)"
+        yield Problem(record.file, where, str(record.size), remedy, "size")
+    if hasattr(dataset, "resized") and min(dataset.resized(size)) < 1:
+        remedy = "a resize leaves nothing of it: cut it, or take it off the list"
+        value = f"{height} x {width}"
+        yield Problem(str(record.image), "size", value, remedy, "thin")
+
+# %% ../nbs/82_checks.ipynb #82a0000a
+def blank_problems(record: Record, image: Tensor) -> Iterator[Problem]:
+    """A picture that is black or white all over."""
+    colour = {0: "black", 255: "white"}.get(image.max().item() if image.numel() else 0)
+    if colour and (image == image.max()).all():
+        where = str(record.image or record.file)
+        remedy = "nothing can be seen in it: was it converted? Take it off the list"
+        yield Problem(where, "picture", f"{colour} all over", remedy, "blank")
+
+# %% ../nbs/82_checks.ipynb #82a0000c
+@dataclass
+class Tally:
+    """What a pass over a dataset has counted: boxes that can be learned, the most in
+    one image, boxes around polygons, and images that could not be judged."""
+
+    objects: int = 0
+    most: int = 0
+    polygons: int = 0
+    unknown: int = 0
+
+    def add(self, record: Record, keep_crowd: bool = True) -> None:
+        """Count the boxes of one entry; those that are dropped in training do not
+        count."""
+        there = (record.boxes_xyxy[:, 2:] > record.boxes_xyxy[:, :2]).all(1)
+        count = int((there if keep_crowd else there & ~record.crowd).sum())
+        self.objects += count
+        self.most = max(self.most, count)
+        self.polygons += record.polygons
+        finite = record.boxes_xyxy.isfinite().all().item()
+        self.unknown += bool(record.faults) or not finite
+
+# %% ../nbs/82_checks.ipynb #82a0000d
+def crowded(where: str, most: int, queries: int | None) -> list[Problem]:
+    """The problem of an image with more objects than a model has queries."""
+    remedy = f"a model of {queries} queries can never find them all: give it more"
+    field = "most objects in an image"
+    problem = Problem(where, field, str(most), remedy, "crowded")
+    return [problem] if queries and most > queries else []
+
+
+def count_problems(
+    dataset: Dataset, tally: Tally, queries: int | None = None
+) -> Iterator[Problem]:
+    """What only the counts tell: nothing to learn, or more than a model can find."""
+    where = str(getattr(dataset, "file", getattr(dataset, "folder", "dataset")))
+    images = len(dataset)
+    if not len(dataset.names):
+        remedy = "nothing can be learned without a class: name them"
+        yield Problem(where, "list of classes", "empty", remedy, "empty")
+    if images and not tally.objects and not tally.unknown:
+        remedy = "do the annotations belong to these pictures?"
+        value = f"none in {images} images"
+        yield Problem(where, "number of objects", value, remedy, "empty")
+    if tally.polygons:
+        remedy, value = "nothing to do, their boxes are taken", "a polygon"
+        field = f"form of {tally.polygons} boxes"
+        yield Problem(where, field, value, remedy, "polygon")
+    yield from crowded(where, tally.most, queries)
+
+# %% ../nbs/82_checks.ipynb #103438b2
+def entry_problems(
+    dataset: Dataset, index: int, known: Mapping[Hashable, int], tally: Tally
+) -> Iterator[Problem]:
+    """Everything that is wrong with one image of a dataset, its picture included."""
+    image = None
+    try:
+        if hasattr(dataset, "record"):
+            record = dataset.record(index)
+        else:
+            image, target = dataset[index]
+            record = target_record(image, target, index)
+    except DataError as error:
+        tally.unknown += 1
+        yield error.problem
+        return
+    tally.add(record, getattr(dataset, "keep_crowd", True))
+    try:
+        image = read_image(record.image) if image is None else image
+    except DataError as error:
+        yield error.problem
+    size = record.size
+    if image is not None:
+        size = tuple(image.shape[1:])
+        yield from blank_problems(record, image)
+        yield from size_problems(dataset, record, size)
     yield from record_problems(record, known, size)
 
 # %% ../nbs/82_checks.ipynb #171524bb
-def all_entry_problems(dataset: Dataset, index: int) -> list[Problem]:
+def all_entry_problems(
+    dataset: Dataset, index: int, tally: Tally | None = None
+) -> list[Problem]:
     """As `entry_problems`; an entry so broken that even the check trips must not hide
     the others."""
     known = getattr(dataset, "known", {i: i for i in range(len(dataset.names))})
+    tally = Tally() if tally is None else tally
     try:
-        return list(entry_problems(dataset, index, known))
+        return list(entry_problems(dataset, index, known, tally))
     except Exception as error:
+        tally.unknown += 1
         where = str(getattr(dataset, "file", "dataset"))
         value = f"{type(error).__name__}: {error}"
         return [
@@ -500,16 +688,20 @@ def all_entry_problems(dataset: Dataset, index: int) -> list[Problem]:
         ]
 
 # %% ../nbs/82_checks.ipynb #5cc401a3
-def all_problems(dataset: Dataset) -> Iterator[Problem]:
-    """The problems of the files as a whole, then those of each image."""
-    if hasattr(dataset, "orphans"):
-        yield from (*dataset.orphans(), *dataset.skipped)
+def all_problems(dataset: Dataset, queries: int | None) -> Iterator[Problem]:
+    """The problems of the files as a whole, those of each image, those of the counts."""
+    tally = Tally()
+    if hasattr(dataset, "set_problems"):
+        yield from dataset.set_problems()
     for index in range(len(dataset)):
-        yield from all_entry_problems(dataset, index)
+        yield from all_entry_problems(dataset, index, tally)
+    yield from count_problems(dataset, tally, queries)
 
 # %% ../nbs/82_checks.ipynb #5d0ce310
 def check_data(
-    dataset: Dataset, report: Callable[[Problem], object] | None = None
+    dataset: Dataset,
+    report: Callable[[Problem], object] | None = None,
+    queries: int | None = None,
 ) -> list[Problem]:
     """Read every entry and every picture once, and collect what is wrong; one bad entry
     stops nothing.
@@ -518,12 +710,13 @@ def check_data(
         dataset: a reader of chapter 85, or anything that gives uint8 images with
             targets and has `names`.
         report: called with each problem as soon as it is found, such as `print`.
+        queries: of the model that shall learn it; None does not compare.
 
     Returns:
         All problems, in the order of the dataset; none is an empty list.
     """
     problems = []
-    for problem in all_problems(dataset):
+    for problem in all_problems(dataset, queries):
         problems.append(problem)
         if report is not None:
             report(problem)

@@ -6,17 +6,30 @@
 __all__ = ['Predict']
 
 # %% ../nbs/18_cli.ipynb #18c00007
+import errno
 import json
 import os
+import platform
+import re
+import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+import tempfile
+import traceback
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
+from typing import IO
 
-import docstring_parser
 import matplotlib
 from jaxtyping import UInt8
-from jsonargparse import ArgumentParser
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes
@@ -24,17 +37,38 @@ from tqdm import tqdm
 
 from .bench import Bench, bench
 from .boxes import xyxy_to_xywh
-from .checks import DataError, Problem, check_data, read_image, summary
+from detr_nb.checks import (
+    PICTURES,
+    DataError,
+    Problem,
+    check_data,
+    count_words,
+    picture_files,
+    read_image,
+    summary,
+)
 from .clinic import DiagnosisCallback
-from .config import WORDS_MODE, Config, Count, Share, from_yaml, options_parser
+from detr_nb.config import (
+    BatchSize,
+    Config,
+    OptionsParser,
+    Place,
+    Share,
+    Switch,
+    load_plugins,
+    options_parser,
+    read_options,
+    text_config,
+)
 from .evaluation import evaluate
-from .formats import PICTURES
+from .files import json_text, printable, replacing
 from .loading import DataConfig
 from .measuring import default_device
 from .model import DETR, DETRDemo
-from .notation import Number, forward_names
+from .notation import forward_names
 from .pretrained import predict_image, pretrained_model
-from .training import TrainConfig, fit, read_config
+from .runs import Terminated, handle_signals
+from .training import TrainConfig, fit
 
 # %% ../nbs/18_cli.ipynb #18c00008
 @dataclass(frozen=True)
@@ -52,14 +86,18 @@ class Predict(Config):
             an id of the Hugging Face hub, or detr-r50, detr-r50-dc5, detr-r101,
             detr-r101-dc5 (fetched once). The small model of drawn shapes that the
             package carries if left out.
-        out: folder for the results; made if it is missing.
+        out: folder for the results; made if it is missing. Results of an earlier run
+            are replaced, other files are not.
         threshold: lowest score that counts, from 0 to 1; the model's own if left out.
+        overwrite: replace what lies in the places of the results, whatever it is. The
+            pictures that are looked at are never replaced.
     """
 
-    images: tuple[Path, ...]
-    weights: str | None = None
+    images: tuple[Path, ...] = ()
+    weights: Place | None = None
     out: Path = Path("predictions")
     threshold: Share | None = None
+    overwrite: Switch = False
 
 # %% ../nbs/18_cli.ipynb #18c00012
 def absolute(path: Path) -> Path:
@@ -67,30 +105,51 @@ def absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))
 
 # %% ../nbs/18_cli.ipynb #9243483a
-def find_pictures(places: Iterable[Path], out: Path) -> list[Path]:
-    """Every file among the places, and every picture in the folders among them, once."""
-    found: dict[Path, Path] = {}
+def find_pictures(places: Iterable[Path], out: Path) -> tuple[list[Path], Counter[str]]:
+    """Every file among the places and every picture in the folders among them, once;
+    and the endings of what else lies there."""
+    found, left_out = {}, Counter()
     for place in places:
+        inside, others = picture_files(place) if place.is_dir() else ([place], {})
         earlier = absolute(out) if absolute(place) in absolute(out).parents else None
-        inside = sorted(place.rglob("*")) if place.is_dir() else [place]
-        pictures = [
-            path for path in inside if path == place or path.suffix.lower() in PICTURES
-        ]
         found |= {
             absolute(path): path
-            for path in pictures
+            for path in inside
             if earlier not in absolute(path).parents
         }
+        left_out.update(others)
     if not found:
         raise ValueError(
-            f"there is no picture in {', '.join(map(str, places)) or 'nothing'}: name"
-            f" files, or folders with files that end in {', '.join(sorted(PICTURES))}"
+            f"there is no picture in {', '.join(map(str, places)) or 'nothing'}"
+            f" ({count_words(left_out) or 'no file at all'}): name files, or folders"
+            f" with files that end in {', '.join(sorted(PICTURES))}"
         )
-    return list(found.values())
+    return list(found.values()), left_out
 
 # %% ../nbs/18_cli.ipynb #18c00015
 # kinds of pictures that are written as they were read; others become PNG
 WRITTEN = (".jpg", ".jpeg", ".png")
+
+
+def place_key(path: Path) -> str:
+    """The same for two paths that are one on some disk: `A.png` and `a.png`."""
+    return unicodedata.normalize("NFC", str(path)).casefold()
+
+# %% ../nbs/18_cli.ipynb #18f00001
+def distinct_places(wished: Sequence[Path]) -> list[Path]:
+    """A place for each result, as near to the wished one as can be; no two share
+    one."""
+    keeping = [path for path in wished if path.suffix.lower() in WRITTEN]
+    others = [path for path in wished if path.suffix.lower() not in WRITTEN]
+    taken = {place_key(folder) for path in wished for folder in path.parents}
+    found = {}
+    for path in (*keeping, *others):
+        place = path if path in keeping else path.with_name(f"{path.name}.png")
+        while place_key(place) in taken:
+            place = place.with_name(f"{place.name}.png")
+        taken.add(place_key(place))
+        found[path] = place
+    return [found[path] for path in wished]
 
 # %% ../nbs/18_cli.ipynb #bc9ae8bc
 def result_paths(pictures: Sequence[Path], out: Path) -> list[Path]:
@@ -98,11 +157,7 @@ def result_paths(pictures: Sequence[Path], out: Path) -> list[Path]:
     below their common folder."""
     full = [absolute(path) for path in pictures]
     common = os.path.commonpath([path.parent for path in full])
-    results = [out / path.relative_to(common) for path in full]
-    results = [
-        path if path.suffix.lower() in WRITTEN else path.with_name(f"{path.name}.png")
-        for path in results
-    ]
+    results = distinct_places([out / path.relative_to(common) for path in full])
     taken = {os.path.realpath(path) for path in results}
     for picture in pictures:
         if os.path.realpath(picture) in taken:
@@ -110,6 +165,93 @@ def result_paths(pictures: Sequence[Path], out: Path) -> list[Path]:
                 f"--out {out} would overwrite {picture}: give another folder"
             )
     return results
+
+# %% ../nbs/18_cli.ipynb #18f00003
+MARK = "detr-nb predict"  # the note in each annotated picture
+ROWS = "detections.json"
+PART = "detections.json.part"  # the same while it grows
+COLUMNS = {"image_id", "file_name", "category_id", "category_name", "bbox", "score"}
+
+
+def signed(picture: Image.Image, ending: str) -> bytes:
+    """The bytes of a file with an annotated picture, and the note that it is ours."""
+    note, file = PngInfo(), BytesIO()
+    note.add_text("Software", MARK)
+    if ending.lower() == ".png":
+        picture.save(file, "PNG", pnginfo=note)
+    else:
+        picture.save(file, "JPEG", comment=MARK)
+    return file.getvalue()
+
+# %% ../nbs/18_cli.ipynb #18f00004
+def is_ours(place: Path) -> bool:
+    """Whether an earlier run wrote this annotated picture."""
+    try:
+        with Image.open(place, formats=("PNG", "JPEG")) as picture:
+            notes = picture.info.get("Software"), picture.info.get("comment")
+    except Exception:  # decoders raise whatever they like
+        return False
+    return MARK in notes or MARK.encode() in notes
+
+
+def has_our_rows(place: Path) -> bool:
+    """Whether an earlier run wrote this list of boxes."""
+    try:
+        rows = json.loads(place.read_bytes() or b"[]")
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(rows, list) and all(
+        isinstance(row, dict) and row.keys() == COLUMNS for row in rows
+    )
+
+# %% ../nbs/18_cli.ipynb #18f00006
+def check_folder(out: Path) -> None:
+    """Refuse a folder that cannot be made or written to, without making it."""
+    there = next(
+        place for place in (out, *absolute(out).parents) if os.path.lexists(place)
+    )
+    if not there.is_dir():
+        raise ValueError(f"--out {out}: {there} is no folder; give another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"--out {out}: {there} may not be written to; give another place"
+        )
+
+
+def check_below(out: Path, folder: Path) -> None:
+    """Refuse a folder of results that is a file, or a link out of `out`."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        kind = "a link" if folder.is_symlink() else "a file"
+        raise ValueError(
+            f"--out {out}: {folder} is {kind}, and results go into a folder of that"
+            " name; give another place"
+        )
+
+# %% ../nbs/18_cli.ipynb #18f00007
+def check_places(out: Path, results: Sequence[Path], overwrite: bool) -> None:
+    """Refuse places of results that cannot be written, or hold what is not ours."""
+    check_folder(out)
+    lists, folders = [out / ROWS, out / PART], {path.parent for path in results}
+    folders |= {
+        above for path in folders for above in path.parents if out in above.parents
+    }
+    for folder in sorted(folders - {out}):
+        check_below(out, folder)
+    for place in (*lists, *results):
+        if place in folders or (place.is_dir() and not place.is_symlink()):
+            raise ValueError(f"--out {out}: {place} is a folder; give another place")
+    there = [path for path in (*lists, *results) if os.path.lexists(path)]
+    foreign = [
+        path
+        for path in there
+        if path.is_symlink() or not (has_our_rows if path in lists else is_ours)(path)
+    ]
+    if foreign and not overwrite:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise ValueError(
+            f"--out {out}: {foreign[0]}{more} would be replaced and is no result of an"
+            " earlier run; give another folder, or --overwrite"
+        )
 
 # %% ../nbs/18_cli.ipynb #18c00018
 Found = Mapping[str, Tensor | list[str]]  # what `predict_image` returns
@@ -165,58 +307,251 @@ def coco_rows(
         for label, name, box, score in zip(*columns, strict=True)
     ]
 
-# %% ../nbs/18_cli.ipynb #1459aa74
-def write_rows(rows: Sequence[Mapping], file: Path) -> None:
-    """Write a JSON list with one row a line."""
-    file.write_text(
-        "["
-        + ",".join(f"\n{json.dumps(row, ensure_ascii=False)}" for row in rows)
-        + "\n]\n",
-        "utf8",
-    )
+# %% ../nbs/18_cli.ipynb #18f00009
+class RowFile:
+    """detections.json while it grows: readable after each picture, and whole rows
+    only."""
+
+    END = b"\n]\n"
+
+    def __init__(self, out: Path):
+        out.mkdir(parents=True, exist_ok=True)
+        self.place, self.part = out / ROWS, out / PART
+        self.part.unlink(missing_ok=True)
+        self.file = open(self.part, "xb", buffering=0)  # noqa: SIM115 - until `keep`
+        self.count, self.whole = 0, 0
+        self.put(b"[")
+
+    def put(self, text: bytes) -> None:
+        """Write behind the last whole row; what fails leaves no trace."""
+        rest = memoryview(text + self.END)
+        try:
+            self.file.seek(self.whole)
+            while rest:
+                rest = rest[self.file.write(rest) :]
+            self.whole += len(text)
+        except OSError as error:
+            raise OSError(f"{self.part} could not be written ({error})") from error
+
+# %% ../nbs/18_cli.ipynb #18f00010
+class Detections(RowFile):
+    """The rows of all pictures, which are kept however the work ends."""
+
+    def add(self, rows: Sequence[Mapping]) -> None:
+        """Write the rows of one picture."""
+        lines = [f"\n{json_text(row)}" for row in rows]
+        comma = "," if self.count and rows else ""
+        self.put((comma + ",".join(lines)).encode())
+        self.count += len(rows)
+
+    def keep(self, whole: bool) -> Path:
+        """Close the file and say where it is: in place of an earlier one only if the
+        disk took all."""
+        with suppress(OSError):
+            self.file.seek(self.whole)
+            self.file.write(self.END)
+            self.file.truncate()
+            os.fsync(self.file.fileno())
+        self.file.close()
+        if whole or not self.place.exists():
+            self.part.replace(self.place)
+            return self.place
+        return self.part
 
 # %% ../nbs/18_cli.ipynb #18c00024
-# files, and what models and decoders say of pictures and weights
-FAILURES = (OSError, RuntimeError, ValueError)
+def one_line(text: object) -> str:
+    """A text without line ends, control characters and broken letters."""
+    return re.sub(r"\s*\n\s*", " ", printable(text).strip())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the machine or of its GPU was not enough."""
+    words = ("out of memory", "can't allocate memory", "alloc_cpu", "bad alloc")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and any(word in str(error).lower() for word in words)
+    )
+
+
+def is_from_here(error: BaseException) -> bool:
+    """Whether this library raised it, and not one that it uses."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    home = frames[-1].f_globals.get("__name__", "") if frames else ""
+    return home.partition(".")[0] == "detr_nb"
+
+# %% ../nbs/18_cli.ipynb #18f00011
+def worker_reason(text: str) -> str | None:
+    """What this library said in a process that loads data, out of the traceback that
+    arrives here."""
+    *lines, last = text.strip().splitlines()
+    kind, _, reason = last.partition(": ")
+    places = [line for line in lines if line.lstrip().startswith("File ")]
+    known = kind.rpartition(".")[2] in ("DataError", "OSError", "ValueError")
+    return reason if known and places and "detr_nb" in places[-1] else None
+
+
+def reason_of(error: BaseException) -> str | None:
+    """The sentence for a failure that a person can mend; None for a mistake of the
+    program."""
+    if is_out_of_memory(error):
+        return (
+            "the memory is used up: take smaller pictures, fewer at a time (batch_size)"
+            " or a smaller model"
+        )
+    text = str(error)
+    if "Original Traceback" in text:
+        return worker_reason(text)
+    known = isinstance(error, OSError) or (
+        isinstance(error, ValueError | RuntimeError) and is_from_here(error)
+    )
+    return text if known else None
+
+# %% ../nbs/18_cli.ipynb #18f00012
+REPORTS = "https://github.com/detr-nb/detr_nb/issues"
+
+
+def report_text(error: BaseException) -> str:
+    """What a report of a mistake needs: the command, versions, and the traceback."""
+    names = ("detr-nb", "torch", "torchvision")
+    found = [f"{name} {version(name)}" for name in names]
+    return "\n".join(
+        [
+            shlex.join(sys.argv),
+            ", ".join([*found, f"Python {platform.python_version()}"]),
+            platform.platform(),
+            "".join(traceback.format_exception(error)),
+        ]
+    )
+
+
+def write_report(error: BaseException) -> str:
+    """Put a report into the temporary folder, else into this one, and say where."""
+    for folder in (None, "."):
+        with suppress(OSError):
+            number, name = tempfile.mkstemp(".txt", "detr-nb-", folder)
+            with open(number, "w", encoding="utf8", errors="backslashreplace") as file:
+                file.write(report_text(error))
+            return os.path.abspath(name)
+    return "(which could not be written)"
+
+# %% ../nbs/18_cli.ipynb #18f00013
+def explain(error: BaseException) -> str:
+    """One line for any failure; the traceback of a mistake of the program is kept in a
+    file."""
+    if (reason := reason_of(error)) is not None:
+        return one_line(reason) or type(error).__name__
+    first = str(error).strip().partition("\n")[0]
+    return one_line(
+        f"a mistake of the program ({type(error).__name__}: {first}): please report it"
+        f" at {REPORTS} with the file {write_report(error)}"
+    )
+
+
+def complain(line: str) -> None:
+    """Say on the error stream that something is wrong."""
+    tqdm.write(f"detr-nb: {line}", file=sys.stderr)
 
 # %% ../nbs/18_cli.ipynb #a3bef321
-def predict_file(
-    model: DETR | DETRDemo, picture: Path, result: Path, threshold: Number | None
-) -> Found:
-    """Look at one picture and write it with its boxes."""
-    image = read_image(picture)
-    found = predict_image(model, image, threshold)
-    result.parent.mkdir(parents=True, exist_ok=True)
-    to_pil_image(draw(image, found)).save(result)
-    return found
+def try_picture(
+    model: DETR | DETRDemo, picture: Path, number: int, options: Predict
+) -> tuple[Image.Image, list[dict]] | None:
+    """The picture with its boxes, and a row for each box; None, and a complaint, if
+    that fails."""
+    try:
+        image = read_image(picture)
+        found = predict_image(model, image, options.threshold)
+        rows = coco_rows(found, number, picture, model.category_ids)
+        return to_pil_image(draw(image, found)), rows
+    except Exception as error:  # the other pictures may be good
+        said = explain(error)
+        line = said if isinstance(error, DataError) else f"{one_line(picture)}: {said}"
+        tqdm.write(line, file=sys.stderr)
+        return None
+
+# %% ../nbs/18_cli.ipynb #18f00033
+def write_result(picture: Image.Image, place: Path) -> bool:
+    """Write an annotated picture; what is wrong with this one alone is said, a disk
+    that is full is an error."""
+    try:
+        content = signed(picture, place.suffix)
+        with replacing(place, "wb") as file:
+            file.write(content)
+        return True
+    except Exception as error:
+        long = getattr(error.__cause__, "errno", None) == errno.ENAMETOOLONG
+        if isinstance(error.__cause__, OSError) and not long:
+            raise
+        tqdm.write(f"{one_line(place)}: {explain(error)}", file=sys.stderr)
+        return False
+
+# %% ../nbs/18_cli.ipynb #18f00016
+@dataclass
+class Tally:
+    """How far the work is, and what ended it early."""
+
+    wanted: int
+    done: int = 0
+    failed: int = 0
+    full: OSError | None = None  # a result could not be written
+    stopped: bool = False  # by a signal
+
+    @property
+    def code(self) -> int:
+        """0 if all is done, 1 if some is, 2 if nothing is."""
+        return 0 if self.done == self.wanted else 1 if self.done else 2
+
+
+def predict_all(
+    model: DETR | DETRDemo,
+    places: Sequence[tuple[Path, Path]],
+    options: Predict,
+    rows: Detections,
+) -> Iterator[bool]:
+    """Look at one picture after the other, and tell which are done."""
+    for number, (picture, result) in enumerate(tqdm(places, disable=None), 1):
+        seen = try_picture(model, picture, number, options)
+        good = seen is not None and write_result(seen[0], result)
+        if good:
+            rows.add(seen[1])
+        yield good
+
+# %% ../nbs/18_cli.ipynb #18f00017
+def work_through(seen: Iterator[bool], rows: Detections, tally: Tally) -> None:
+    """Count the pictures until all are seen, or a signal or a full disk ends it; keep
+    the rows and say so, however it ends."""
+    try:
+        with handle_signals() as signals:
+            for good in seen:
+                tally.done, tally.failed = tally.done + good, tally.failed + (not good)
+                tally.stopped = bool(signals.told)
+                if tally.stopped:
+                    break
+    except OSError as error:
+        tally.full = error
+    finally:
+        kept = one_line(rows.keep(whole=tally.full is None))
+        print(
+            f"{tally.done} of {tally.wanted} pictures done, {rows.count} boxes in"
+            f" {kept}"
+        )
+    if tally.stopped and tally.done + tally.failed < tally.wanted:
+        signals.leave()
 
 # %% ../nbs/18_cli.ipynb #3cc91cb0
 def predict(options: Predict) -> int:
     """Look at every picture, write the results and say how it went."""
-    pictures = find_pictures(options.images, options.out)
+    pictures, left_out = find_pictures(options.images, options.out)
     results = result_paths(pictures, options.out)
+    check_places(options.out, results, options.overwrite)
+    if left_out:
+        complain(f"left out: {one_line(count_words(left_out))}")
     model = pretrained_model(options.weights).to(default_device())
-    options.out.mkdir(parents=True, exist_ok=True)
-    rows, failed = [], 0
-    for number, (picture, result) in enumerate(
-        zip(tqdm(pictures, disable=None), results, strict=True), 1
-    ):
-        try:
-            found = predict_file(model, picture, result, options.threshold)
-            rows += coco_rows(found, number, picture, model.category_ids)
-        except FAILURES as error:
-            failed += 1
-            tqdm.write(
-                str(error) if isinstance(error, DataError) else f"{picture}: {error}",
-                file=sys.stderr,
-            )
-    write_rows(rows, options.out / "detections.json")
-    done = len(pictures) - failed
-    print(
-        f"{done} of {len(pictures)} pictures done, {len(rows)} boxes in"
-        f" {options.out / 'detections.json'}"
-    )
-    return 0 if not failed else 1 if done else 2
+    rows, tally = Detections(options.out), Tally(len(pictures))
+    pairs = list(zip(pictures, results, strict=True))
+    work_through(predict_all(model, pairs, options, rows), rows, tally)
+    if tally.full:
+        complain(explain(tally.full))
+    return tally.code
 
 # %% ../nbs/18_cli.ipynb #81202a9e
 FOLDER = "runs/detr"  # of a run that names none
@@ -228,10 +563,9 @@ def train(config: TrainConfig) -> int:
         config if config.folder else replace(config, folder=FOLDER),
         watch=DiagnosisCallback(),
     )
-    print(run.line())
-    print(
-        f"the model is in {run.folder}: detr-nb predict PICTURES --weights {run.folder}"
-    )
+    print(one_line(run.line()))
+    folder = shlex.quote(one_line(run.folder))
+    print(f"the model is in {folder}: detr-nb predict PICTURES --weights {folder}")
     return 0
 
 # %% ../nbs/18_cli.ipynb #18de0003
@@ -245,39 +579,64 @@ class Eval(Config):
         data: other data; their held-out part is looked at.
         weights: another model, as in `Predict`.
         batch_size: images at a time.
-        out: a JSON file for all figures, those of each class included.
+        out: a JSON file for all figures, those of each class included. Figures of an
+            earlier evaluation are replaced, other files are not.
+        overwrite: replace the file of `out`, whatever it is.
     """
 
     folder: Path | None = None
     data: DataConfig | None = None
-    weights: str | None = None
-    batch_size: Count = 8
+    weights: Place | None = None
+    batch_size: BatchSize = 8
     out: Path | None = None
+    overwrite: Switch = False
+
+# %% ../nbs/18_cli.ipynb #18f00018
+def check_file(place: Path, names: set[str], overwrite: bool) -> None:
+    """Refuse a place for a JSON file that cannot be written, or holds another file than
+    one with these names."""
+    if place.is_dir():
+        raise ValueError(f"--out {place} is a folder: give the name of a file")
+    check_folder(place.parent)
+    if overwrite or not place.is_file():
+        return
+    try:
+        found = json.loads(place.read_bytes() or "{}")
+    except (ValueError, RecursionError):
+        found = None
+    if found != {} and not (isinstance(found, dict) and names <= found.keys()):
+        raise ValueError(
+            f"--out {place} holds something else already: give another name, or"
+            " --overwrite"
+        )
+
+# %% ../nbs/18_cli.ipynb #18f00019
+def data_of_run(folder: Path) -> DataConfig:
+    """What a run learned from; nothing that its configuration names is imported."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no config.yaml: give the folder of a run")
+    try:
+        return text_config(TrainConfig, file.read_text("utf8")).data
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 # %% ../nbs/18_cli.ipynb #cff759e7
 def judge(options: Eval) -> int:
-    """Evaluate, print the figures, and write them if a file is named."""
+    """Evaluate, write the figures if a file is named, and print them."""
     if options.folder is None and (options.data is None or options.weights is None):
         raise ValueError("eval needs the folder of a run, or both --data and --weights")
-    if options.folder and not (options.folder / "config.yaml").is_file():
-        raise ValueError(
-            f"{options.folder} holds no config.yaml: give the folder of a run"
-        )
-    data = (
-        options.data
-        or read_config(["--config", str(options.folder / "config.yaml")]).data
-    )
+    data = options.data or data_of_run(options.folder)
+    if options.out:
+        check_file(options.out, {"AP", "per_class"}, options.overwrite)
     model = pretrained_model(options.weights or options.folder).to(default_device())
     metrics = evaluate(model, data.load()[1], options.batch_size)
-    rows = [(name, value) for name, value in metrics.items() if name != "per_class"]
-    print(
-        "\n".join(
-            f"{name:20} {value:.3f}"
-            for name, value in [*rows, *metrics["per_class"].items()]
-        )
-    )
     if options.out:
-        options.out.write_text(json.dumps(metrics, indent=1) + "\n", "utf8")
+        with replacing(options.out) as file:
+            file.write(json_text(metrics, indent=1) + "\n")
+    rows = [(name, value) for name, value in metrics.items() if name != "per_class"]
+    for name, value in [*rows, *metrics["per_class"].items()]:
+        print(f"{one_line(name):20} {value:.3f}")
     return 0
 
 # %% ../nbs/18_cli.ipynb #18de0005
@@ -293,6 +652,17 @@ class CheckData(Config):
     data: DataConfig
 
 # %% ../nbs/18_cli.ipynb #9a087d98
+def shorter(line: str, most: int = 300) -> str:
+    """A line for a person; entries may be as long as their file."""
+    return line if len(line) <= most else f"{line[:most]} ... ({len(line)} letters)"
+
+
+def in_one_line(problem: Problem) -> Problem:
+    """The problem without the line ends that values may hold."""
+    texts = {name: one_line(text) for name, text in problem._asdict().items()}
+    return problem._replace(**texts)
+
+
 def check(options: CheckData) -> int:
     """List the problems of both parts."""
     found: list[Problem] = []
@@ -301,63 +671,156 @@ def check(options: CheckData) -> int:
     ):
         while hasattr(part, "dataset"):  # what lies under transforms
             part = part.dataset
-        problems = check_data(part)
-        print(
-            f"{name}: {len(part)} images, {len(part.names)} classes,"
-            f" {summary(problems)}"
-        )
+        problems = [in_one_line(problem) for problem in check_data(part)]
+        print(f"{name}: {len(part)} images, {len(part.names)} classes, ", end="")
+        print("\n".join(map(shorter, summary(problems).split("\n"))))
         found += problems
     return 1 if found else 0
 
 # %% ../nbs/18_cli.ipynb #18c00029
+def measure_peers(options: Bench) -> int:
+    """`bench`, which replaces no other file than a record of its own."""
+    if options.out:
+        check_file(options.out, {"command", "rows", "growths"}, options.overwrite)
+    return bench(options)
+
+
 COMMANDS: Mapping[str, tuple[type[Config], Callable[..., int]]] = {
     "predict": (Predict, predict),
     "train": (TrainConfig, train),
     "eval": (Eval, judge),
     "check-data": (CheckData, check),
-    "bench": (Bench, bench),
+    "bench": (Bench, measure_peers),
 }
 # fields of predict and eval that take words without a flag
 WORDS = {"images": "*", "folder": "?"}
 
 # %% ../nbs/18_cli.ipynb #88b937a6
-def command_parser(kind: type[Config]) -> ArgumentParser:
+def command_parser(name: str) -> OptionsParser:
     """The options of one command."""
-    words = [
-        part for part in fields(kind) if kind in (Predict, Eval) and part.name in WORDS
-    ]
-    parser = options_parser(kind, [part.name for part in words])
-    told = {
-        part.arg_name: part.description
-        for part in docstring_parser.parse(kind.__doc__).params
-    }
-    for part in words:
-        parser.add_argument(
-            part.name, nargs=WORDS[part.name], type=Path, help=told[part.name]
-        )
+    free = WORDS if name in ("predict", "eval") else {}
+    return options_parser(COMMANDS[name][0], f"detr-nb {name}", free)
+
+# %% ../nbs/18_cli.ipynb #18f00022
+def program_parser() -> OptionsParser:
+    """The words before the options: the name of a command, or `--help`."""
+    parser = OptionsParser(
+        prog="detr-nb",
+        description="Object detection with transformers: a command for each need.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (kind, _) in COMMANDS.items():
+        summary = " ".join(kind.__doc__.partition("\n\n")[0].split())
+        commands.add_parser(name, help=summary, add_help=False)
     return parser
+
+# %% ../nbs/18_cli.ipynb #18f00026
+def run_command(words: Sequence[str]) -> int:
+    """Read the words, and do what they say."""
+    if not words:
+        raise ValueError(f"name a command: {', '.join(COMMANDS)}, or --help")
+    name = program_parser().parse_args(list(words[:1])).command
+    kind, function = COMMANDS[name]
+    rest = load_plugins(words[1:])
+    if "" in rest and name in ("predict", "eval"):  # it would be the working folder
+        raise ValueError("one of the words is empty: is a variable of the shell unset?")
+    return function(read_options(kind, command_parser(name), rest))
+
+# %% ../nbs/18_cli.ipynb #18f00028
+class Outlet:
+    """A stream whose failures do not reach the work."""
+
+    def __init__(self, stream: IO[str]):
+        self.stream, self.failure = stream, None
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+    def attempt(self, action: Callable[..., object], *words: str) -> None:
+        """Do something with the stream; after the first failure nothing is done."""
+        if self.failure is None:
+            try:
+                action(*words)
+            except (OSError, ValueError) as error:
+                self.failure = error
+
+    def write(self, text: str) -> int:
+        """Write what the stream can take of a text, and escapes for the rest."""
+        code = getattr(self.stream, "encoding", None) or "utf8"
+        fitting = text.encode(code, "backslashreplace").decode(code)
+        self.attempt(self.stream.write, fitting)
+        return len(text)
+
+    def flush(self) -> None:
+        """Send what waits."""
+        self.attempt(self.stream.flush)
+
+# %% ../nbs/18_cli.ipynb #18f00029
+def open_streams() -> None:
+    """Give closed streams a place to go, so that no file of ours gets their number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            mode = "w" if number else "r"
+            setattr(sys, name, open(os.devnull, mode, encoding="utf8"))  # noqa: SIM115
+
+
+def silence(outlet: Outlet) -> None:
+    """Lead a stream that failed to nowhere: Python tries it again at its end."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, outlet.stream.fileno())
+        os.close(nowhere)
+
+# %% ../nbs/18_cli.ipynb #18f00030
+def warn_in_a_line(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning for people: no file, no line of code."""
+    complain(one_line(message))
+
+
+@contextmanager
+def lasting_streams() -> Iterator[Outlet]:
+    """While the block runs, output cannot fail; warnings take one line."""
+    open_streams()
+    out, err = Outlet(sys.stdout), Outlet(sys.stderr)
+    try:
+        with redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
+            warnings.showwarning = warn_in_a_line
+            yield out
+    finally:
+        for outlet in (out, err):
+            outlet.flush()
+            if outlet.failure:
+                silence(outlet)
+
+# %% ../nbs/18_cli.ipynb #18f00031
+def exit_code(words: Sequence[str]) -> int:
+    """Run a command; whatever ends it is one line and a number."""
+    try:
+        return run_command(words)
+    except Terminated as left:
+        complain("told to end (SIGTERM)")
+        return left.code
+    except KeyboardInterrupt:
+        complain("stopped by Ctrl-C")
+        return 130
+    except Exception as error:
+        complain(explain(error))
+        return 2
 
 # %% ../nbs/18_cli.ipynb #eb8ed0cb
 def main(args: Sequence[str] | None = None) -> int:
     """The program `detr-nb`."""
-    parser = ArgumentParser(
-        prog="detr-nb",
-        parser_mode=WORDS_MODE,
-        description="Object detection with transformers: a command for each need.",
-    )
-    commands = parser.add_subcommands(dest="command")
-    for name, (kind, _) in COMMANDS.items():
-        summary = " ".join(kind.__doc__.partition("\n\n")[0].split())
-        commands.add_subcommand(name, command_parser(kind), help=summary)
-    found = parser.parse_args(args, defaults=False)
-    kind, function = COMMANDS[found.command]
-    given = from_yaml(found[found.command].as_dict())
-    given.pop("config", None)
-    try:
-        return function(kind.read(given))
-    except FAILURES as error:
-        print(f"detr-nb: {error}", file=sys.stderr)
-        return 2
+    with lasting_streams() as out:
+        code = exit_code(sys.argv[1:] if args is None else args)
+        out.flush()
+        if out.failure and not isinstance(out.failure, BrokenPipeError):
+            complain(f"the output could not be printed ({out.failure})")
+            code = code or 1
+    return code
 
 # %% ../nbs/18_cli.ipynb #f0a4a4d3
 __getattr__ = forward_names(__name__)

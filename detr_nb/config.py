@@ -6,21 +6,45 @@
 __all__ = ['Width', 'ConfigError', 'Config', 'ModelConfig', 'config_text']
 
 # %% ../nbs/80_config.ipynb #80c00006
+import re
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from argparse import SUPPRESS, Action, ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
-from functools import cache, partial
+from difflib import get_close_matches
+from functools import cache, partial, wraps
 from importlib import import_module
-from inspect import isabstract
+from importlib.util import module_from_spec, spec_from_file_location
+from inspect import get_annotations, isabstract, signature
 from math import inf
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Annotated, ClassVar, get_type_hints
+from reprlib import Repr
+from types import UnionType
+from typing import (
+    Annotated,
+    ClassVar,
+    NamedTuple,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
+import docstring_parser
 import yaml
-from jsonargparse import ArgumentParser, get_loader, set_loader
-from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError
+from pydantic import (
+    AllowInfNan,
+    BeforeValidator,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    Strict,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic import Field as Limits
 from pydantic_core import CoreSchema, core_schema
 from torch import nn
 
@@ -31,9 +55,6 @@ from .notation import Number
 class Within:
     """A range for the number in `Annotated[int, Within(...)]` or `Annotated[Number,
     Within(...)]`.
-
-    It is no `pydantic.Field`, which jsonargparse would check a second time, in other
-    words and without the other end.
 
     Args:
         least: the lower end.
@@ -59,13 +80,11 @@ class Within:
         )
 
     def check(self, value: object, whole: bool) -> Number:
-        """Return the value."""
-        number = isinstance(value, int if whole else int | float) and not isinstance(
-            value, bool
-        )
-        if not number or value not in self:
+        """Return the value, as one of Python's own numbers."""
+        number = plain_number(value, whole)
+        if number is None or number not in self:
             raise ValueError(f"it must be a {'whole ' * whole}number {self}")
-        return value
+        return number
 
     def __get_pydantic_core_schema__(
         self, source: object, handler: GetCoreSchemaHandler
@@ -74,25 +93,65 @@ class Within:
             partial(self.check, whole=source is int)
         )
 
+# %% ../nbs/80_config.ipynb #501ba07b
+def plain_number(value: object, whole: bool) -> Number | None:
+    """An int or a float of the same value; None if it is no number, or not whole as it
+    should be."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    number = int(value) if isinstance(value, Integral) else float(value)
+    if whole and isinstance(number, float):
+        return int(number) if number.is_integer() else None
+    return number
+
 # %% ../nbs/80_config.ipynb #80c0000d
 Count = Annotated[int, Within(1, 10**9)]  # images, steps
 Amount = Annotated[int, Within(0, 10**9)]  # the same, where 0 is allowed too
+BatchSize = Annotated[int, Within(1, 2**16)]
+Workers = Annotated[int, Within(0, 1024)]  # processes
+Seed = Annotated[int, Within(0, 2**63 - 1)]
 
 # %% ../nbs/80_config.ipynb #6d3598cb
 Width = Annotated[int, Within(1, 2**16)]  # channels, heads
 
 # %% ../nbs/80_config.ipynb #8f4b5704
 Pixels = Annotated[int, Within(1, 2**16)]
+FrameSide = Annotated[int, Within(1, 2**13)]  # to which a picture is resized
 Layers = Annotated[int, Within(0, 100)]
 Depth = Annotated[int, Within(1, 100)]  # layers, of which there must be one
 QueryCount = Annotated[int, Within(1, 10**5)]
+ClassCount = Annotated[int, Within(1, 10**6)]
 Share = Annotated[Number, Within(0, 1)]
 # what is dropped or kept: never all
 Fraction = Annotated[Number, Within(0, 1, below=True)]
 Scale = Annotated[Number, Within(0, 1, above=True)]
-Rate = Annotated[Number, Within(0, inf, below=True)]
-Positive = Annotated[Number, Within(0, inf, above=True, below=True)]
+Rate = Annotated[Number, Within(0, 1000)]  # learning rates and the like
+PositiveRate = Annotated[Number, Within(0, 1000, above=True)]
+Weight = Annotated[Number, Within(0, 10**6)]
+PositiveWeight = Annotated[Number, Within(0, 10**6, above=True)]
+Positive = Annotated[Number, Within(0, 10**12, above=True)]
+Epochs = Annotated[Number, Within(0, 10**6, above=True)]
+Seconds = Annotated[Number, Within(0, 60 * 60 * 24 * 366)]
 Minutes = Annotated[Number, Within(0, 60 * 24 * 366, above=True)]  # at most a year
+
+# %% ../nbs/80_config.ipynb #f814c8d5
+def at_home(value: object) -> object:
+    """A path, or the text of one, with the home folder in the place of `~`."""
+    if isinstance(value, Path):
+        value = str(value)
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError("it must be a path, which holds no character 0")
+    return str(Path(value).expanduser()) if str(value).startswith("~") else value
+
+
+Place = Annotated[str, BeforeValidator(at_home)]  # a path, or another name of a source
+Switch = Annotated[bool, Strict()]  # a flag without a value
+Text = Annotated[str, Limits(max_length=10_000)]
+Names = Annotated[tuple[Text, ...], Limits(max_length=10**6)]  # of classes
+CategoryId = Annotated[int, Within(-(2**63), 2**63 - 1)]
+CategoryIds = Annotated[tuple[CategoryId, ...], Limits(max_length=10**6)]
+Stages = Annotated[tuple[Width, ...], Limits(min_length=1, max_length=32)]
+Sides = Annotated[tuple[FrameSide, ...], Limits(min_length=1, max_length=1000)]
 
 # %% ../nbs/80_config.ipynb #80c0000f
 class ConfigError(ValueError):
@@ -101,53 +160,135 @@ class ConfigError(ValueError):
     Args:
         field: its full dotted name, such as `model.backbone.widths[2]`.
         reason: the rest of the sentence.
+        source: the file that said it, if one did.
     """
 
-    def __init__(self, field: str, reason: str):
-        super().__init__(f"{field} {reason}")
-        self.field, self.reason = field, reason
+    def __init__(self, field: str, reason: str, source: str = ""):
+        super().__init__(f"{f'{source}: ' * bool(source)}{field} {reason}")
+        self.field, self.reason, self.source = field, reason, source
 
     def inside(self, name: str) -> "ConfigError":
         """The same of a configuration that is the field `name` of another."""
-        return ConfigError(f"{name}.{self.field}", self.reason)
+        return ConfigError(f"{name}.{self.field}", self.reason, self.source)
 
 # %% ../nbs/80_config.ipynb #80c00012
+STRICT = {
+    **{kind: Annotated[kind, Strict()] for kind in (bool, int, str)},
+    float: Annotated[float, Strict(), AllowInfNan(False)],
+    Path: Annotated[Path, BeforeValidator(at_home)],
+}
+
+
+def strict(hint: object) -> object:
+    """The same type, in which nothing is taken for what it only resembles."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        if any(isinstance(part, Within) for part in parts):
+            return hint
+        return Annotated[(strict(parts[0]), *parts[1:])]
+    if origin in (Union, UnionType):
+        return Union[tuple(map(strict, parts))]  # noqa: UP007 - made of a list
+    if origin is tuple:
+        return tuple[tuple(part if part is ... else strict(part) for part in parts)]
+    return STRICT.get(hint, hint) if isinstance(hint, type) else hint
+
+# %% ../nbs/80_config.ipynb #31320dab
+def adapter(hint: object) -> TypeAdapter:
+    """What checks values of a type, in a tuple of one, and makes tuples of lists."""
+    kept = ConfigDict(arbitrary_types_allowed=True)
+    return TypeAdapter(tuple[strict(hint)], config=kept)
+
+
 @cache
 def validators(kind: type["Config"]) -> dict[str, TypeAdapter]:
-    """What checks the value of each field of a class, in a tuple of one, and makes
-    tuples of lists."""
+    """What checks the value of each field of a class."""
     hints = get_type_hints(kind, include_extras=True)
-    kept = ConfigDict(arbitrary_types_allowed=True)
-    return {
-        part.name: TypeAdapter(tuple[hints[part.name]], config=kept)
-        for part in fields(kind)
-    }
+    return {part.name: adapter(hints[part.name]) for part in fields(kind)}
+
+
+def as_type(check: TypeAdapter, name: str, value: object) -> object:
+    """The value, which messages call `name`, as a type has it."""
+    try:
+        return check.validate_python((value,))[0]
+    except ValidationError as error:
+        raise refusal(error, name) from None
 
 
 def checked(kind: type["Config"], name: str, value: object) -> object:
     """The value of a field as its type has it."""
-    try:
-        return validators(kind)[name].validate_python((value,))[0]
-    except ValidationError as error:
-        raise refusal(error, name) from None
+    return as_type(validators(kind)[name], name, value)
+
+# %% ../nbs/80_config.ipynb #9141e79b
+SHORT = Repr()
+SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 100
+SHORT.maxlevel = 3
+WORDS = {  # pydantic's name of a fault: what the value must be
+    "bool_type": "it must be true or false",
+    "string_type": "it must be text (in a file, put it in quotes)",
+    "int_type": "it must be a whole number",
+    "float_type": "it must be a number",
+    "finite_number": "it must be a finite number",
+    "none_required": "it must be null",
+    "tuple_type": "it must be a list, such as [a, b]",
+    "path_type": "it must be a path",
+    "too_short": "it must have at least {min_length} entries",
+    "too_long": "it must have at most {max_length} entries",
+    "string_too_long": "it must have at most {max_length} letters",
+    "missing": "an entry is missing at its end",
+}
+
+
+def allowed_by(fault: Mapping) -> str:
+    """What would be right, of one of pydantic's findings."""
+    if words := WORDS.get(fault["type"]):
+        return words.format(**fault.get("ctx", {}))
+    return fault["msg"].removeprefix("Value error, ").replace("Input should", "it must")
 
 # %% ../nbs/80_config.ipynb #e316c45a
 def refusal(error: ValidationError, name: str) -> ConfigError:
     """What pydantic complains about in a field, in our words."""
     found = error.errors(include_url=False)
-    place = name + "".join(f"[{i}]" for i in found[0]["loc"][1:] if isinstance(i, int))
+    first = found[0]
+    path = first["loc"][1 : -1 if first["type"] == "missing" else None]
+    place = name + "".join(f"[{i}]" for i in path if isinstance(i, int))
     causes = [one.get("ctx", {}).get("error") for one in found]
     if inner := next(
         (cause for cause in causes if isinstance(cause, ConfigError)), None
     ):
         return inner.inside(place)
-    allowed = [
-        one["msg"].removeprefix("Value error, ").replace("Input should", "it must")
-        for one in found
-    ]
+    allowed = dict.fromkeys(map(allowed_by, found))
     return ConfigError(
-        place, f"is {found[0]['input']!r}: {', or '.join(dict.fromkeys(allowed))}"
+        place, f"is {SHORT.repr(first['input'])}: {', or '.join(allowed)}"
     )
+
+# %% ../nbs/80_config.ipynb #4ce28a2a
+def ranged(hint: object) -> bool:
+    """Whether a type, or a part of it, says more than Python's own types."""
+    return get_origin(hint) is Annotated or any(map(ranged, get_args(hint)))
+
+
+def checked_arguments(function: Callable) -> Callable:
+    """The function, which refuses arguments outside of the ranges of its annotations by
+    name."""
+    hints = get_annotations(function)
+    known, checks = (
+        signature(function),
+        {name: adapter(hint) for name, hint in hints.items() if ranged(hint)},
+    )
+    owner = function.__qualname__.removesuffix(".__init__")
+
+    @wraps(function)
+    def checking(*args: object, **options: object) -> object:
+        bound = known.bind(*args, **options)
+        for name in bound.arguments.keys() & checks.keys():
+            try:
+                value = as_type(checks[name], name, bound.arguments[name])
+            except ConfigError as error:
+                raise error.inside(owner) from None
+            bound.arguments[name] = value
+        return function(*bound.args, **bound.kwargs)
+
+    return checking
 
 # %% ../nbs/80_config.ipynb #80c00014
 KINDS: dict[str, type["Config"]] = {}  # by name, and by names that a class had before
@@ -195,19 +336,19 @@ def address(kind: type["Config"]) -> str:
 def find_kind(word: str, base: type["Config"]) -> type["Config"]:
     """The class that a word means: its name, or its module and name."""
     home, _, name = word.rpartition(".")
-    if name in HOMES and name not in KINDS:
+    ours = name in HOMES and (not home or home.split(".")[0] == "detr_nb")
+    if ours:
         import_module(HOMES[name])
-    found = KINDS.get(name)
-    # two classes of one name
-    if home and name not in HOMES and (found is None or address(found) != word):
-        found = getattr(sys.modules.get(home), name, None)
-    if not isinstance(found, type) or not issubclass(found, base):
+    # by its address, because two classes may have one name
+    found = KINDS.get(name if ours or not home else word)
+    if found is None or not issubclass(found, base):
         raise ConfigError(
             "kind",
-            f"is {word!r}: it must be one of {', '.join(sorted(known_kinds(base)))}, or"
-            " a class of your own whose module is imported first",
+            f"is {SHORT.repr(word)}: it must be one of"
+            f" {', '.join(sorted(known_kinds(base)))}, or a class of your own whose"
+            " module is imported first (--plugin MODULE on the command line)",
         )
-    if home and address(found) != word and HOMES.get(name, home) != home:
+    if ours and home and HOMES[name] != home:
         warnings.warn(
             f"{word} has moved to {HOMES[name]}: write {name}",
             FutureWarning,
@@ -221,7 +362,13 @@ class Config(ABC):  # noqa: B024 - its kinds have abstract methods of their own
     checked when one is made.
 
     A class keyword `former` gives names under which files knew the class before.
+
+    Attributes:
+        ALTERNATIVES: groups of fields of which a command line says one at most; it
+            takes the place of what a file says of the others.
     """
+
+    ALTERNATIVES: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     def __init_subclass__(cls, former: Sequence[str] = (), **options: object) -> None:
         super().__init_subclass__(**options)
@@ -230,7 +377,7 @@ class Config(ABC):  # noqa: B024 - its kinds have abstract methods of their own
         KINDS.update(
             {
                 name: cls
-                for name in (cls.__name__, *former)
+                for name in (cls.__name__, address(cls), *former)
                 if own or name not in KINDS or KINDS[name].__module__ != "__main__"
             }
         )
@@ -242,6 +389,10 @@ class Config(ABC):  # noqa: B024 - its kinds have abstract methods of their own
                 part.name,
                 checked(type(self), part.name, getattr(self, part.name)),
             )
+        self.check_pairs()
+
+    def check_pairs(self) -> None:  # noqa: B027 - most have nothing to say
+        """Raise ConfigError if values, each of them allowed, do not fit each other."""
 
     @classmethod
     def __get_pydantic_core_schema__(
@@ -251,11 +402,14 @@ class Config(ABC):  # noqa: B024 - its kinds have abstract methods of their own
 
     @classmethod
     def take(cls, value: object) -> "Config":
-        """Return a configuration of this kind as it is, and read a dictionary.
+        """Return a configuration of this kind as it is; read a dictionary, or the name
+        of a class.
 
         Raises:
             ValueError: if it is something else.
         """
+        if isinstance(value, str):
+            value = {"kind": value}
         if isinstance(value, Mapping):
             return cls.read(value)
         if not isinstance(value, cls):
@@ -276,7 +430,7 @@ class Config(ABC):  # noqa: B024 - its kinds have abstract methods of their own
         Raises:
             ConfigError: naming the first field that is unknown, missing or wrong.
         """
-        words = dict(words)
+        words = {str(name): value for name, value in words.items()}
         kind = find_kind(str(words.pop("kind", cls.__name__)), cls)
         if not complete(kind):
             raise ConfigError(
@@ -339,9 +493,7 @@ class Config(ABC):  # noqa: B024 - its kinds have abstract methods of their own
 def over_default(value: object, part: Field, kind: type[Config]) -> object:
     """The words of a nested configuration over those of the default, if they are of the
     class of the default."""
-    default = (
-        part.default if part.default_factory is MISSING else part.default_factory()
-    )
+    default = default_of(part)
     if not isinstance(value, Mapping) or not isinstance(default, Config):
         return value
     own, said = type(default), get_type_hints(kind)[part.name]
@@ -399,42 +551,87 @@ class ModelConfig(Config):
         return {name: value for name, value in found.items() if name not in self.FREE}
 
 # %% ../nbs/80_config.ipynb #80c00021
-def meet_kinds(words: object) -> object:
-    """Import what plain words name, and turn the `class_path` of a class of the library
-    into its present address."""
-    if isinstance(words, list):
-        return [meet_kinds(part) for part in words]
-    if isinstance(words, dict):
-        words = {key: meet_kinds(part) for key, part in words.items()}
-        path = words.get("class_path")
-        if isinstance(path, str) and path.rpartition(".")[2] in HOMES:
-            words["class_path"] = address(find_kind(path, Config))
-    if isinstance(words, str) and words in HOMES and words not in KINDS:
-        import_module(HOMES[words])
-    return words
+NUMBER = r"[-+]?(?:0|[1-9][0-9]*)"
+RESOLVERS = {  # what a bare word is, by YAML's name for it
+    "null": (r"^(?:~|null|Null|NULL|)$", "~nN\0"),
+    "bool": (
+        r"^(?:yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF)$",
+        "yYnNtTfFoO",
+    ),
+    "int": (rf"^{NUMBER}$", "-+0123456789"),
+    "float": (
+        rf"^(?:(?:{NUMBER}(?:\.[0-9]*)?|[-+]?\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+        "-+0123456789.",
+    ),
+}
+
+# %% ../nbs/80_config.ipynb #0f8d6e0a
+class WordsLoader(yaml.SafeLoader):
+    """YAML without traps: keys that differ, no parts by name, bare words that are
+    numbers or text."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+
+    def compose_node(self, parent: object, index: object) -> yaml.Node:
+        """Refuse a name that stands for another part."""
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.MarkedYAMLError(
+                problem=f"*{event.anchor}: write the part out that it stands for",
+                problem_mark=event.start_mark,
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
+        """Refuse a key that stands there twice."""
+        keys = [str(key.value) for key, _ in node.value]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.MarkedYAMLError(
+                problem=f"{twice} stands there twice: keep one of them",
+                problem_mark=node.start_mark,
+            )
+        return super().construct_mapping(node, deep)
+
+# %% ../nbs/80_config.ipynb #cddc2256
+class WordsDumper(yaml.SafeDumper):
+    """Writes what `WordsLoader` reads: texts that it would take for numbers are
+    quoted."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}
 
 
+for name, (pattern, first) in RESOLVERS.items():
+    for kind in (WordsLoader, WordsDumper):
+        kind.add_implicit_resolver(
+            f"tag:yaml.org,2002:{name}",
+            re.compile(pattern),
+            ["" if letter == "\0" else letter for letter in first],
+        )
+
+# %% ../nbs/80_config.ipynb #eb8c4344
 def load_words(text: str) -> object:
     """What a YAML text, a file's or a flag's, says."""
-    return meet_kinds(get_loader("yaml")(text))
+    try:
+        return from_yaml(yaml.load(text, WordsLoader))  # noqa: S506 - a safe loader
+    except yaml.YAMLError as error:
+        raise ConfigError("the text", f"is no YAML: {one_line(error)}") from error
+    except (RecursionError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            "the text", "is nested too deeply, or holds a number of too many digits"
+        ) from error
 
 
-WORDS_MODE = "detr_nb"  # jsonargparse's name for texts that are read so
-set_loader(WORDS_MODE, load_words, exceptions=(yaml.YAMLError,))
-
-# %% ../nbs/80_config.ipynb #dc31b469
-def options_parser(kind: type[Config], skip: Sequence[str] = ()) -> ArgumentParser:
-    """The fields of a frozen dataclass as flags, and as lines of a YAML file."""
-    parser = ArgumentParser(
-        description=kind.__doc__.split("Args:")[0], parser_mode=WORDS_MODE
+def one_line(error: yaml.YAMLError) -> str:
+    """What a YAML reader complains about, and where."""
+    mark, problem = (
+        getattr(error, "problem_mark", None),
+        getattr(error, "problem", None),
     )
-    parser.add_argument(
-        "--config",
-        action="config",
-        help="a YAML file with any of these options; later flags win",
-    )
-    parser.add_class_arguments(kind, skip=set(skip))
-    return parser
+    where = f"line {mark.line + 1}: " if mark else ""
+    return f"{where}{' '.join(str(problem or error).split())}"
 
 # %% ../nbs/80_config.ipynb #80c00023
 def from_yaml(words: object) -> object:
@@ -466,25 +663,18 @@ def to_yaml(words: object) -> object:
     )
 
 # %% ../nbs/80_config.ipynb #a25bf3f8
-def parse_config(kind: type[Config], words: Sequence[str]) -> Config:
-    """The configuration that flags, or a file named by `--config`, describe."""
-    found = from_yaml(
-        options_parser(kind).parse_args(list(words), defaults=False).as_dict()
+def whole_config(kind: type[Config], words: object, what: str) -> dict:
+    """The words of a whole configuration."""
+    if isinstance(words, Mapping):
+        return dict(words)
+    raise ConfigError(
+        what, f"is {SHORT.repr(words)}: it must be lines of names and values"
     )
-    return kind.read({name: value for name, value in found.items() if name != "config"})
 
 
 def text_config(kind: type[Config], text: str) -> Config:
     """The configuration that a YAML text describes."""
-    try:
-        words = from_yaml(load_words(text))
-    except yaml.YAMLError as error:
-        raise ConfigError("the text", f"is no YAML: {error}") from error
-    if not isinstance(words, Mapping):
-        raise ConfigError(
-            "the text", f"is {words!r}: it must be lines of names and values"
-        )
-    return kind.read(words)
+    return kind.read(whole_config(kind, load_words(text), "the text"))
 
 # %% ../nbs/80_config.ipynb #01875948
 def config_text(config: Config) -> str:
@@ -492,4 +682,291 @@ def config_text(config: Config) -> str:
     words = {
         name: to_yaml(value) for name, value in config.plain().items() if name != "kind"
     }
-    return yaml.safe_dump(words, sort_keys=False, allow_unicode=True)
+    return yaml.dump(words, Dumper=WordsDumper, sort_keys=False, allow_unicode=True)
+
+# %% ../nbs/80_config.ipynb #dc31b469
+class Flag(NamedTuple):
+    """One flag: its dotted name, the type of its value, and what the help says."""
+
+    name: str
+    hint: object
+    told: str
+
+
+def config_base(hint: object) -> type[Config] | None:
+    """The class of configurations that a type speaks of, if it does."""
+    if isinstance(hint, type) and issubclass(hint, Config):
+        return hint
+    if get_origin(hint) in (Union, UnionType, Annotated):
+        return next(filter(None, map(config_base, get_args(hint))), None)
+    return None
+
+
+def default_of(part: Field) -> object:
+    """The default of a field; MISSING if it has none."""
+    return part.default if part.default_factory is MISSING else part.default_factory()
+
+# %% ../nbs/80_config.ipynb #98de5486
+def kinds_below(base: type[Config]) -> list[type[Config]]:
+    """What may stand in a field of a class."""
+    own = [base] if complete(base) else []
+    return [*own, *(kind for kind in known_kinds(base).values() if kind is not base)]
+
+
+def flags_of(
+    kind: type[Config], before: str = "", above: Sequence[type] = ()
+) -> Iterator[Flag]:
+    """Every flag of a class: its fields, and below those that hold a configuration the
+    fields of each kind that may stand there."""
+    hints = get_type_hints(kind, include_extras=True)
+    params = docstring_parser.parse(kind.__doc__ or "").params
+    told = {part.arg_name: " ".join(part.description.split()) for part in params}
+    for part in (part for part in fields(kind) if part.init):
+        name, base = f"{before}{part.name}", config_base(hints[part.name])
+        default = default_of(part)
+        shown = type(default).__name__ if isinstance(default, Config) else default
+        usual = "" if default in (MISSING, None, "", ()) else f" (default: {shown})"
+        inside = kinds_below(base) if base else []
+        kinds = ", ".join(inner.__name__ for inner in inside)
+        one_of = f" One of {kinds}." if len(inside) > 1 else ""
+        yield Flag(name, hints[part.name], told.get(part.name, "") + one_of + usual)
+        for inner in inside:
+            if inner not in above:
+                yield from flags_of(inner, f"{name}.", (*above, kind, inner))
+
+# %% ../nbs/80_config.ipynb #74cad1cf
+class Say(Action):
+    """Keeps what a command line says, word by word, in `said`."""
+
+    def __call__(
+        self, parser: object, space: Namespace, value: object, flag: object = None
+    ) -> None:
+        if flag is not None or value:
+            said = "true" if self.nargs == 0 else value
+            space.said = [*getattr(space, "said", ()), (self.dest, said)]
+
+
+class OptionsParser(ArgumentParser):
+    """Python's own parser, which raises ConfigError instead of leaving the program."""
+
+    def error(self, message: str) -> None:
+        """Say which flag is wrong."""
+        flag, found, reason = message.removeprefix("argument ").partition(": ")
+        raise ConfigError(*((flag, f"is wrong: {reason}") if found else (message, "")))
+
+# %% ../nbs/80_config.ipynb #d41fb704
+def options_parser(
+    kind: type[Config], prog: str | None = None, free: Mapping[str, str] = {}
+) -> OptionsParser:
+    """The fields of a configuration as flags.
+
+    `free` gives the fields that take words without a flag, and how many: "*" or "?".
+    """
+    words = [
+        f"[{name} ...]" if many == "*" else f"[{name}]" for name, many in free.items()
+    ]
+    parser = OptionsParser(
+        prog=prog,
+        usage=" ".join(("%(prog)s [options]", *words)),
+        description=(kind.__doc__ or "").split("Args:")[0],
+        allow_abbrev=False,
+        argument_default=SUPPRESS,
+    )
+    files = "a YAML file with any of these options; later flags win"
+    parser.add_argument("--config", action=Say, metavar="FILE", help=files)
+    plugin = "import a module, or a .py file, that defines classes of your own"
+    parser.add_argument("--plugin", action=Say, metavar="MODULE", help=plugin)
+    found: dict[str, Flag] = {}
+    for flag in flags_of(kind):  # the first of a name tells its help
+        found.setdefault(flag.name, flag)
+    for flag in found.values():
+        told = flag.told.replace("%", "%%")
+        if flag.name in free:
+            parser.add_argument(flag.name, action=Say, nargs=free[flag.name], help=told)
+        else:
+            name, shape = f"--{flag.name}", flag.name.rpartition(".")[2].upper()
+            count = 0 if flag.hint == Switch else None
+            parser.add_argument(name, action=Say, nargs=count, metavar=shape, help=told)
+    return parser
+
+# %% ../nbs/80_config.ipynb #fefa7e3a
+def spoken(hint: object, text: object) -> object:
+    """What the words of a flag mean for a field of a type."""
+    if not isinstance(text, str):
+        return text
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    plain = {
+        get_args(part)[0] if get_origin(part) is Annotated else part for part in options
+    }
+    if plain & {str, Path}:
+        return None if text in ("null", "None") and type(None) in plain else text
+    return load_words(text)
+
+
+def kind_below(kind: type[Config], words: Mapping, name: str) -> type[Config] | None:
+    """The class of the configuration in a field, by what was said, or its default."""
+    base = config_base(get_type_hints(kind).get(name))
+    said = words[name].get("kind") if isinstance(words.get(name), Mapping) else None
+    if base and said is not None:
+        try:
+            return find_kind(str(said), base)
+        except ConfigError as error:
+            raise error.inside(name) from None
+    default = next(default_of(part) for part in fields(kind) if part.name == name)
+    return type(default) if isinstance(default, Config) else base
+
+# %% ../nbs/80_config.ipynb #542066ef
+def put(words: dict, kind: type[Config], path: Sequence[str], value: object) -> None:
+    """Write the value of a flag into plain words, in place."""
+    name, *rest = path
+    inside = config_base(get_type_hints(kind).get(name))
+    if inside and isinstance(words.get(name), str):
+        words[name] = {"kind": words[name]}
+    if rest:
+        below = kind_below(kind, words, name)
+        if not isinstance(words.get(name), Mapping):
+            words[name] = {"kind": kind_word(below)} if complete(below) else {}
+        put(words[name], below, rest, value)
+    elif inside and isinstance(value, str):
+        before = words.get(name)
+        same = isinstance(before, Mapping) and before.get("kind") == value
+        words[name] = before if same else {"kind": value}
+    else:
+        words[name] = value
+
+# %% ../nbs/80_config.ipynb #d17a637c
+def file_words(kind: type[Config], file: str) -> dict:
+    """What a YAML file says."""
+    path = Path(file).expanduser()
+    try:
+        if not path.is_file():
+            raise OSError(
+                "it is a folder" if path.is_dir() else "there is no such file"
+            )
+        if path.stat().st_size > 2**20:
+            raise OSError("it is longer than a megabyte")
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            "--config",
+            f"is {file}, whose byte {error.start} is not UTF-8: save it as UTF-8 text",
+        ) from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError("--config", f"is {file}: {reason}; name a file") from error
+    try:
+        return whole_config(kind, load_words(text), "the file")
+    except ConfigError as error:
+        raise ConfigError(error.field, error.reason, str(file)) from error
+
+# %% ../nbs/80_config.ipynb #3cfa6a90
+def merged(words: Mapping, later: Mapping) -> dict:
+    """Both, the later ones over the earlier ones, also inside a configuration of the
+    same kind."""
+    found = dict(words)
+    for name, value in later.items():
+        before = found.get(name)
+        both = isinstance(before, Mapping) and isinstance(value, Mapping)
+        same = both and before.get("kind") == value.get("kind", before.get("kind"))
+        found[name] = merged(before, value) if same else value
+    return found
+
+
+def choose(kind: type[Config], words: dict, flags: Sequence[str]) -> None:
+    """Drop what a flag takes the place of, in place; refuse two that say the same."""
+    for group in kind.ALTERNATIVES:
+        said = [name for name in group if name in flags]
+        if len(said) > 1:
+            raise ConfigError(
+                f"--{said[1]}", f"is given beside --{said[0]}: give one of the two"
+            )
+        for name in group if said else ():
+            if name not in said:
+                words.pop(name, None)
+
+# %% ../nbs/80_config.ipynb #8d1e895b
+def said_words(kind: type[Config], said: Sequence[tuple[str, object]]) -> dict:
+    """Plain words of what a command line says, in its order."""
+    hints = {flag.name: flag.hint for flag in reversed(list(flags_of(kind)))}
+    words: dict = {}
+    for name, value in said:
+        if name == "config":
+            words = merged(words, file_words(kind, value))
+        elif name != "plugin":
+            try:
+                put(words, kind, name.split("."), spoken(hints[name], value))
+            except ConfigError as error:
+                if error.field != "the text":
+                    raise
+                raise ConfigError(name, error.reason) from error
+    choose(kind, words, [name for name, _ in said])
+    return words
+
+
+def unknown_flag(parser: ArgumentParser, word: str) -> ConfigError:
+    """What is said of a word that no option knows."""
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    near = get_close_matches(word.partition("=")[0], known, 1, 0.7)
+    return ConfigError(
+        word,
+        f"is unknown: did you mean {near[0]}?" if near else "is unknown: see --help",
+    )
+
+# %% ../nbs/80_config.ipynb #77368ff4
+def read_options(
+    kind: type[Config], parser: OptionsParser, words: Sequence[str]
+) -> Config:
+    """The configuration that the words of a command line describe."""
+    space, rest = parser.parse_known_intermixed_args(list(words))
+    if rest:
+        flags = [word for word in rest if word.startswith("-")]
+        raise unknown_flag(parser, (flags or rest)[0])
+    said = getattr(space, "said", [])
+    files = [value for name, value in said if name == "config"]
+    try:
+        return kind.read(said_words(kind, said))
+    except ConfigError as error:
+        own = any(error.field.startswith(name) for name, _ in said if name != "config")
+        if own or not files or error.source or error.field.startswith("--"):
+            raise
+        raise ConfigError(error.field, error.reason, str(files[-1])) from error
+
+
+def parse_config(kind: type[Config], words: Sequence[str]) -> Config:
+    """The configuration that flags, or a file named by `--config`, describe."""
+    words = load_plugins(words)
+    return read_options(kind, options_parser(kind), words)
+
+# %% ../nbs/80_config.ipynb #1ba2b0d3
+def load_plugin(name: str) -> None:
+    """Import a module by its name, or a .py file under the name of the file."""
+    path = Path(name).expanduser()
+    try:
+        if path.suffix != ".py":
+            import_module(name)
+        elif path.stem not in sys.modules:
+            spec = spec_from_file_location(path.stem, path)
+            module = sys.modules[path.stem] = module_from_spec(spec)
+            spec.loader.exec_module(module)
+    except Exception as error:
+        if path.suffix == ".py":
+            sys.modules.pop(path.stem, None)
+        raise ConfigError(
+            "--plugin",
+            f"is {name!r}, which cannot be imported ({type(error).__name__}: {error}):"
+            " give the name of an installed module, or a .py file",
+        ) from error
+
+
+def load_plugins(words: Sequence[str]) -> list[str]:
+    """Import what `--plugin` names on a command line, and return the other words."""
+    rest, stream = [], iter(words)
+    for word in stream:
+        flag, equals, name = word.partition("=")
+        if word == "--":
+            return [*rest, word, *stream]
+        if flag == "--plugin":
+            load_plugin(name if equals else next(stream, ""))
+        else:
+            rest.append(word)
+    return rest

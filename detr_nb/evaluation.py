@@ -34,7 +34,7 @@ from detr_nb.boxes import (
 )
 from .checks import Classes, join_classes
 from .data import Batch, collate
-from .model import postprocess
+from .model import plain_sizes, postprocess
 from .notation import Target, forward_names
 
 # %% ../nbs/11_evaluation.ipynb #086287c3
@@ -99,8 +99,8 @@ def image_size(target: Target) -> tuple[int, int]:
             f"the target of image {name} has no size, so its boxes cannot be measured"
             " in pixels: add size=(height, width)"
         )
-    height, width = target["size"]
-    return int(height), int(width)
+    height, width = plain_sizes([target["size"]])[0]
+    return height, width
 
 # %% ../nbs/11_evaluation.ipynb #8ccad0dc
 def boxes_in_pixels(target: Target) -> Float[Tensor, "t 4"]:
@@ -403,6 +403,47 @@ def check_labels(
             " ids first"
         )
 
+# %% ../nbs/11_evaluation.ipynb #21ad9d2d
+ROWS = {"boxes": 4, "scores": None, "area": None, "crowd": None}  # numbers a row
+
+
+def fits_rows(value: object, count: int, numbers: int | None) -> bool:
+    """Whether it is a tensor with so many rows of real numbers."""
+    shape = (count,) if numbers is None else (count, numbers)
+    return isinstance(value, Tensor) and value.shape == shape and not value.is_complex()
+
+
+def check_columns(image: object, kind: str, row: dict, needed: Sequence[str]) -> None:
+    """Refuse a target or detections whose columns are missing or of other lengths."""
+    labels = row.get("labels")
+    whole = isinstance(labels, Tensor) and labels.dtype in WHOLE_NUMBERS
+    wrong = [] if whole and labels.ndim == 1 else ["labels"]
+    for name in () if wrong else (*needed, *(ROWS.keys() & row.keys() - {*needed})):
+        if not fits_rows(row.get(name), len(labels), ROWS[name]):
+            wrong.append(name)
+    if wrong:
+        value = row.get(wrong[0])
+        shown = (
+            (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else value
+        )
+        raise ValueError(
+            f"image {image}: {kind} {wrong[0]} are {shown}: give tensors, whole labels"
+            " (n,), boxes (n, 4) and one score, area and crowd for each of them"
+        )
+
+# %% ../nbs/11_evaluation.ipynb #979f5835
+WHOLE_NUMBERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_classes(names: Sequence[str], category_ids: Sequence[int]) -> None:
+    """Refuse a table in which a class has no id, or two have one name or one id."""
+    for what, values in (("names", list(names)), ("category_ids", list(category_ids))):
+        if len(set(values)) < len(values) or len(values) != len(names):
+            raise ValueError(
+                f"{what} are {values} for {len(names)} classes: give each class one"
+                " name and one id, different from the others'"
+            )
+
 # %% ../nbs/11_evaluation.ipynb #509eed1f
 def check_pairs(
     targets: Sequence[Target], detections: Sequence[Detections], classes: int
@@ -420,6 +461,8 @@ def check_pairs(
                 f"entry {place} pairs the target of image {image} with detections of"
                 f" image {found['image_id']}: keep one order"
             )
+        check_columns(image, "target", target, ("boxes",))
+        check_columns(image, "detection", found, ("boxes", "scores"))
         if not (found["scores"].isfinite().all() and found["boxes"].isfinite().all()):
             raise ValueError(
                 f"detections of image {image} are not finite: the model's weights are"
@@ -459,9 +502,10 @@ def coco_evaluate(
         size or a class that is absent) is NaN, not 0.
 
     Raises:
-        ValueError: if targets and detections do not belong together, or a score or box
-            is not finite.
+        ValueError: if targets and detections do not belong together, names and ids do
+            not, or a score or box is not finite.
     """
+    check_classes(names, category_ids)
     targets, detections = (
         [on_cpu(target) for target in targets],
         [on_cpu(found) for found in detections],

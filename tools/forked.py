@@ -10,7 +10,7 @@ from jupyter_client.provisioning import LocalProvisioner
 
 # Imported, and nothing of them called: threads do not survive a fork. The library itself is each notebook's own affair.
 HEAVY = ["torch", "torchvision", "matplotlib.pyplot", "scipy.optimize", "pycocotools.cocoeval", "accelerate",
-         "jsonargparse", "ipywidgets", "ipykernel.ipkernel"]
+         "ipywidgets", "ipykernel.ipkernel"]
 FORKSERVER = get_context("forkserver")
 
 
