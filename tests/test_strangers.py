@@ -257,7 +257,8 @@ def test_a_storage_that_lies_about_its_length_is_refused(tmp_path):
         row({"enc_layers": 10**7}, "enc_layers", fault="config.json enc_layers 10^7 (835 B)"),
         row({"num_queries": 10**12}, "num_queries", fault="config.json num_queries 10^12"),
         row({"num_classes": 10**12}, "num_classes"),
-        row({"hidden_dim": 2**16, "nheads": 1}, "does not belong to the config.json"),
+        row({"hidden_dim": 2**16, "nheads": 1}, "hidden_dim is 65536"),
+        row({"num_queries": 10**5}, "does not belong to the config.json"),
         row(
             {"preprocess": {"size": [40000, 40000]}}, "preprocess.size[0] is 40000",
             fault="config.json preprocess.size [40000, 40000]",
@@ -342,7 +343,11 @@ def test_the_fields_of_a_checkpoint_are_checked_when_it_is_loaded(model, tmp_pat
 def test_two_models_in_one_folder_are_not_mixed_up(model, tmp_path):
     write(tmp_path / "checkpoint.pt", checkpoint(model))
     other = SMALL.build(5)
-    other.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="folder of a training run"):
+        other.save_pretrained(tmp_path)
+    other.save_pretrained(tmp_path / "saved")
+    for file in (tmp_path / "saved").iterdir():  # as an earlier release did, or a person
+        file.rename(tmp_path / file.name)
     refused(tmp_path, "checkpoint.pt", "model.safetensors", "name the one that you mean")
     assert pretrained_model(tmp_path / "model.safetensors").num_classes == 5
     assert DETR.from_pretrained(tmp_path).num_classes == 5
