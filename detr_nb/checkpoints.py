@@ -7,32 +7,62 @@ __all__ = ['read_checkpoint']
 
 # %% ../nbs/88_checkpoints.ipynb #d40ea1b9
 import argparse
+import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from time import monotonic
+from typing import Annotated, NamedTuple
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from .config import ConfigError, ModelConfig
+from .config import ModelConfig
 from .data import Preprocess
+from .files import printable, replacing
 from detr_nb.hub import (
+    CONFIG,
     MODEL_TYPE,
+    WEIGHTS,
+    Beside,
+    check_finite,
     from_hub,
+    read_beside,
     read_description,
     read_json,
+    read_preprocess,
     read_safetensors,
     saved_model,
 )
 from .notation import Number, format_list
 
+# %% ../nbs/88_checkpoints.ipynb #88f00001
+def check_unpacked(path: Path) -> None:
+    """Refuse a zip that unpacks to more than it is: torch.save never compresses."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError):
+        return  # older files are no zip; broken ones are named by the reader
+    if size > os.path.getsize(path):
+        raise ValueError(
+            f"{path} has {os.path.getsize(path)} bytes and unpacks to {size}: torch.save"
+            " compresses nothing, so the file is not what it seems and is not read"
+        )
+
 # %% ../nbs/88_checkpoints.ipynb #c0b6984e
 def unpickle_tensors(path: Path) -> object:
     """Read what torch.save wrote: tensors and plain values, and the argparse.Namespace
     of the authors' script."""
+    check_unpacked(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -49,6 +79,38 @@ def unpickle_tensors(path: Path) -> object:
             f"{path} is damaged, cut off or no checkpoint ({os.path.getsize(path)}"
             f" bytes): get it again; reading it ended in {type(error).__name__}"
         ) from error
+
+# %% ../nbs/88_checkpoints.ipynb #88f00002
+def tensor_fault(value: Tensor) -> str | None:
+    """What keeps a stored tensor from being plain numbers; None if nothing does."""
+    if value.layout != torch.strided or value.is_nested or value.is_quantized:
+        return "is not stored as plain numbers"
+    if value.device.type != "cpu":
+        return "holds no numbers at all"
+    held = value.untyped_storage().nbytes()
+    if value.numel() * value.element_size() > held:
+        return f"claims {value.numel()} numbers and has {held} bytes"
+    return None
+
+
+def check_tensors(state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors that claim more than the file holds."""
+    for name, value in state.items():
+        if fault := tensor_fault(value):
+            raise ValueError(
+                f"{path}: tensor {printable(name)!r} {fault}: save it again, with"
+                " .contiguous()"
+            )
+    storages = {value.data_ptr(): value.untyped_storage() for value in state.values()}
+    distinct = {place.data_ptr(): place.nbytes() for place in storages.values()}
+    claimed = sum(value.numel() * value.element_size() for value in state.values())
+    size = os.path.getsize(path)
+    # shared weights count once in the file, and some models share a few
+    if sum(distinct.values()) > size or claimed > 10 * size:
+        raise ValueError(
+            f"{path} has {size} bytes, and its tensors claim {claimed}: it is not what"
+            " it seems and is not read"
+        )
 
 # %% ../nbs/88_checkpoints.ipynb #c75afee9
 class Checkpoint(NamedTuple):
@@ -76,18 +138,39 @@ class Checkpoint(NamedTuple):
     num_classes: int | None = None
 
 # %% ../nbs/88_checkpoints.ipynb #faa179fd
-def weights_of(saved: Mapping[str, object], path: Path) -> Mapping[str, Tensor]:
-    """The state dict in what a file holds: under the key 'model', or all of it."""
-    state = saved.get("model", saved)
-    if (
-        not isinstance(state, dict)
-        or not state
-        or not all(isinstance(value, Tensor) for value in state.values())
-    ):
+# where programs put the weights, and what they put before every name
+KEYS = ("model", "state_dict", "model_state_dict", "ema_state_dict")
+WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "detector.")
+
+
+def is_state(value: object) -> bool:
+    """Whether it is a dictionary of tensors."""
+    tensors = isinstance(value, dict) and value
+    return bool(tensors) and all(isinstance(inner, Tensor) for inner in value.values())
+
+
+def unwrapped(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The state dict without what wraps every name; weights of a loss are left out."""
+    state = {n: value for n, value in state.items() if not n.startswith("criterion.")}
+    wrapper = next((w for w in WRAPPERS if all(n.startswith(w) for n in state)), None)
+    if wrapper is None or not state:
+        return state
+    return unwrapped({n.removeprefix(wrapper): value for n, value in state.items()})
+
+
+def weights_of(saved: Mapping, path: Path) -> Mapping[str, Tensor]:
+    """The state dict in what a file holds: under one of `KEYS`, or all of it."""
+    found = [saved[key] for key in KEYS if is_state(saved.get(key))]
+    state = found[0] if found else saved
+    if not is_state(state) or not all(isinstance(name, str) for name in state):
+        told = printable(format_list(saved, 5)) or "no dictionary"
         raise ValueError(
             f"{path} holds no weights: expected a state dict, or one under the key"
-            f" 'model'; found {format_list(saved, 5) or 'no dictionary'}"
+            f" 'model' or 'state_dict'; found {told}. Where it was made, save"
+            " {'model': model.state_dict()}"
         )
+    check_tensors(state, path)
+    check_finite(state, path)
     return state
 
 # %% ../nbs/88_checkpoints.ipynb #a91271ec
@@ -97,37 +180,56 @@ ALWAYS = {"activation_function": "relu", "downsample_in_bottleneck": False}
 OPTIONS = {"nheads": "nheads", "pre_norm": "pre_norm", "dilation": "backbone.dilation"}
 
 
-def described(words: Mapping[str, object], path: Path) -> ModelConfig | None:
+def described(words: object, path: Path) -> ModelConfig | None:
     """The configuration that a file of ours holds; None if it holds none."""
     try:
+        if words is not None and not isinstance(words, dict):
+            raise TypeError(f"description is a {type(words).__name__}")
         return read_description(words) if words else None
-    except ConfigError as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} does not describe a model of this release ({error}): build one"
             " yourself, and save only its state_dict for load_pretrained"
         ) from error
 
 # %% ../nbs/88_checkpoints.ipynb #925c6df0
+def told_beside(saved: Mapping, path: Path) -> Beside:
+    """What a checkpoint says beside its weights, checked."""
+    words = saved.get("description") or {}
+    told = {"num_classes": words.get("num_classes"), **saved}
+    try:
+        return read_beside({k: value for k, value in told.items() if value is not None})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def authors_options(saved: Mapping, path: Path) -> dict[str, object]:
+    """The authors' options that change what weights mean, by the names of our
+    fields."""
+    args = saved.get("args", {})
+    told = vars(args) if isinstance(args, argparse.Namespace) else args
+    if not isinstance(told, Mapping):
+        raise ValueError(f"{path}: args is a {type(args).__name__}: delete that field")
+    return {field: told[option] for option, field in OPTIONS.items() if option in told}
+
+
 def read_torch(path: Path) -> Checkpoint:
     """Read a checkpoint of the authors or of ours, or a bare state dict."""
     saved = unpickle_tensors(path)
     saved = saved if isinstance(saved, dict) else {}
-    state = weights_of(saved, path)
-    words = saved.get("description") or {}
-    config = described(words, path)
-    told = vars(saved.get("args", argparse.Namespace()))
-    settings = {
-        field: told[option] for option, field in OPTIONS.items() if option in told
-    }
+    weights = weights_of(saved, path)
+    config = described(saved.get("description"), path)
+    settings = config.bound() if config else authors_options(saved, path)
+    beside = told_beside(saved if weights is not saved else {}, path)
     return Checkpoint(
-        state,
-        config.bound() if config else settings,
-        saved.get("names"),
-        saved.get("category_ids"),
-        Preprocess.read(saved["preprocess"]) if "preprocess" in saved else None,
-        saved.get("threshold"),
+        unwrapped(weights),
+        settings,
+        beside.names,
+        beside.category_ids,
+        beside.preprocess,
+        beside.threshold,
         config,
-        words.get("num_classes"),
+        beside.num_classes,
     )
 
 # %% ../nbs/88_checkpoints.ipynb #c875908b
@@ -149,7 +251,8 @@ def folder_config(folder: Path) -> dict:
 
 def config_settings(config: Mapping) -> dict[str, object]:
     """What a Hugging Face configuration says beyond what weights show."""
-    told = {**(config.get("backbone_config") or {}), **config}
+    body = config.get("backbone_config")
+    told = {**(body if isinstance(body, Mapping) else {}), **config}
     told |= {
         "nheads": told.get("encoder_attention_heads"),
         "pre_norm": told.get("model_type") == "table-transformer",
@@ -176,7 +279,8 @@ def size_rule(told: Mapping, file: Path) -> dict[str, object]:
     if isinstance(size, int):  # as it was written until 2022
         size = {"shortest_edge": size, "longest_edge": told.get("max_size", 1333)}
     known = ({"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"height", "width"})
-    if not told.get("do_resize", True) or set(size) not in known:
+    table = isinstance(size, Mapping)
+    if not told.get("do_resize", True) or not table or set(size) not in known:
         raise ValueError(
             f"{file}: do_resize {told.get('do_resize', True)} with size {size} is a"
             " rule that is not known here: leave the file out, and set"
@@ -195,15 +299,16 @@ def folder_preprocess(folder: Path) -> Preprocess | None:
     if not file.exists():
         return None
     told = read_json(file)
-    sides = size_rule(told, file)
+    rule = size_rule(told, file)
     if not told.get("do_normalize", True):
-        return Preprocess(**sides, mean=(0, 0, 0), std=(1, 1, 1))
-    colours = {
-        ours: tuple(told[theirs])
-        for ours, theirs in (("mean", "image_mean"), ("std", "image_std"))
-        if theirs in told
-    }
-    return Preprocess(**sides, **colours)
+        rule |= {"mean": (0, 0, 0), "std": (1, 1, 1)}
+    else:
+        known = (("mean", "image_mean"), ("std", "image_std"))
+        rule |= {ours: told[theirs] for ours, theirs in known if theirs in told}
+    try:
+        return read_preprocess(rule)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 # %% ../nbs/88_checkpoints.ipynb #0b670169
 def our_folder(folder: Path, weights: str) -> Checkpoint:
@@ -220,31 +325,100 @@ def our_folder(folder: Path, weights: str) -> Checkpoint:
         model.num_classes,
     )
 
-# %% ../nbs/88_checkpoints.ipynb #243b5ce6
-def read_hugging_face(path: Path) -> Checkpoint:
-    """Read a Hugging Face folder or one of `save_pretrained`, or one safetensors file
-    with the configuration beside it."""
-    folder, files = (
-        (path, sorted(path.glob("model*.safetensors")))
-        if path.is_dir()
-        else (path.parent, [path])
-    )
-    if not files:
+# %% ../nbs/88_checkpoints.ipynb #88f00004
+def pieces_of(index: Path) -> list[Path]:
+    """The files that an index names; they lie in its folder."""
+    table = read_json(index).get("weight_map")
+    names = set(table.values()) if isinstance(table, dict) else set()
+    if not names or any(name != os.path.basename(str(name)) for name in names):
         raise ValueError(
-            f"{path} holds neither model.safetensors nor our checkpoint.pt: give a"
-            " file's path, or have the program that made the folder save it as"
-            " safetensors"
+            f"{index}: weight_map must name files of its own folder: get it again"
         )
+    return [index.parent / name for name in sorted(names)]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a Hugging Face folder."""
+    for stem, ending in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+        whole = folder / f"{stem}{ending}"
+        if whole.exists():
+            return [whole]
+        index = folder / f"{stem}{ending}.index.json"
+        if files := pieces_of(index) if index.exists() else []:
+            return files
+        if files := sorted(folder.glob(f"{stem}*{ending}")):
+            return files
+    raise ValueError(
+        f"{folder} holds neither {WEIGHTS} nor our checkpoint.pt, nor pytorch_model.bin:"
+        " give a file's path, or have the program that made the folder save it as"
+        " safetensors"
+    )
+
+# %% ../nbs/88_checkpoints.ipynb #88f00005
+LABELS = TypeAdapter(dict[int, Annotated[str, Field(strict=True)]])
+
+
+def label_table(config: Mapping[str, object], file: Path) -> dict[int, str]:
+    """The id2label of a config.json, with numbers for keys; empty if it says nothing."""
+    try:
+        told = LABELS.validate_python(config.get("id2label") or {})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"[{key!r}]" for key in first["loc"] if key != "[key]")
+        raise ValueError(
+            f"{file}: id2label{printable(where)} is {printable(repr(first['input']))}:"
+            ' it must be a table such as {"0": "cat", "1": "dog"}, a name for each label'
+        ) from error
+    default = all(re.fullmatch(r"LABEL_\d+", name) for name in told.values())
+    return {} if default else told
+
+
+def label_names(
+    told: Mapping[int, str], state: Mapping[str, Tensor], file: Path
+) -> list[str]:
+    """The name of each label; those that have none are called as Hugging Face does."""
+    heads = [len(v) for name, v in state.items() if name.endswith(CLASS_BIAS)]
+    count = heads[0] - 1 if heads else max(told) + 1
+    unnamed = [label for label in range(count) if label not in told]
+    beyond = [label for label in told if not 0 <= label < count]
+    if unnamed or beyond:
+        warnings.warn(
+            f"{file}: the weights have labels 0 to {count - 1}; id2label gives no name"
+            f" for {format_list(unnamed, 5) or 'none of them'} (called LABEL_...), and"
+            f" names {format_list(beyond, 5) or 'no others'}",
+            stacklevel=2,
+        )
+    return [told.get(label, f"LABEL_{label}") for label in range(count)]
+
+
+CLASS_BIAS = "class_labels_classifier.bias"
+
+# %% ../nbs/88_checkpoints.ipynb #243b5ce6
+def read_piece(file: Path) -> Mapping[str, Tensor]:
+    """The tensors of one file of a folder."""
+    if file.suffix == ".safetensors":
+        return read_safetensors(file)
+    return weights_of(unpickle_tensors(file), file)
+
+
+def read_hugging_face(path: Path) -> Checkpoint:
+    """Read a Hugging Face folder or one of `save_pretrained`, or one file of them with
+    the configuration beside it."""
+    folder, files = (
+        (path, weight_files(path)) if path.is_dir() else (path.parent, [path])
+    )
     config = folder_config(folder)
     if config.get("model_type") == MODEL_TYPE:
         return our_folder(folder, files[0].name)
-    pieces = [read_safetensors(file) for file in files]
+    pieces = [read_piece(file) for file in files]
     state = {name: value for piece in pieces for name, value in piece.items()}
-    labels = config.get("id2label") or {}
-    names = [labels[key] for key in sorted(labels, key=int)] or None
-    ids = None if names is None else list(range(len(names)))
-    told = config_settings(config), names, ids, folder_preprocess(folder)
-    return Checkpoint(state, *told)
+    state = state if config else unwrapped(state)  # theirs begin with `model.` too
+    told, names, ids = label_table(config, folder / CONFIG), None, None
+    if told:
+        names = label_names(told, state, folder / CONFIG)
+        ids = list(range(len(names)))
+    settings = config_settings(config)
+    return Checkpoint(state, settings, names, ids, folder_preprocess(folder))
 
 # %% ../nbs/88_checkpoints.ipynb #2a8054d0
 Rules = Sequence[tuple[str, str]]  # pattern and replacement, applied in order
@@ -272,6 +446,69 @@ def split_stacked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             parts[name] = value
     return parts
 
+# %% ../nbs/88_checkpoints.ipynb #88f00006
+SILENCE, LONGEST, LARGEST = 60, 4 * 3600, 2**33  # seconds, seconds, bytes
+
+
+class WebOnly(HTTPRedirectHandler):
+    """Follows an address to the web only: to no file, no other service."""
+
+    def redirect_request(self, request: Request, *rest: object) -> Request | None:
+        """What to ask for instead; `rest` begins with the reply and ends with the new
+        address."""
+        if urlsplit(rest[-1]).scheme not in ("http", "https"):
+            rest[0].close()
+            raise URLError(
+                f"it leads to {printable(rest[-1])}, which is no web address"
+            )
+        return super().redirect_request(request, *rest)
+
+
+def blocks(reply: object) -> Iterator[bytes]:
+    """What a server sends, until it ends as it should, or does not."""
+    start, size = monotonic(), 0
+    try:
+        while block := reply.read1(2**16):
+            size += len(block)
+            yield block
+            if monotonic() > start + LONGEST or size > LARGEST:
+                raise HTTPException(f"it has not ended after {size} bytes")
+    except OSError as error:
+        raise HTTPException(f"{type(error).__name__}: {error}") from error
+    wanted = reply.headers["Content-Length"]
+    if wanted is not None and wanted != str(size):
+        raise HTTPException(f"it broke off after {size} of {wanted} bytes")
+
+# %% ../nbs/88_checkpoints.ipynb #88f00007
+def receive(address: str, path: Path, digits: str) -> None:
+    """Fetch a file to its place; it is only there if its hash begins with the
+    digits."""
+    request = Request(address, headers={"User-Agent": "detr_nb"})
+    reply = build_opener(WebOnly).open(request, timeout=SILENCE)
+    content = hashlib.sha256()
+    with reply, replacing(path, "wb") as file:
+        for block in blocks(reply):
+            content.update(block)
+            file.write(block)
+        found = content.hexdigest()
+        if not found.startswith(digits):
+            raise ValueError(
+                f"what {address} gave is broken or another file, and was not kept:"
+                f" invalid hash value {found[:8]} instead of {digits}. Try again, or get"
+                " the file another way and give its path"
+            )
+
+
+def check_cached(path: Path, digits: str) -> None:
+    """Refuse a file that lies in the cache and is not the published one."""
+    with path.open("rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    if not found.startswith(digits):
+        raise ValueError(
+            f"{path} is broken or another file: its sha256 begins with {found[:8]}"
+            f" instead of {digits}. Delete it, and it is fetched again"
+        )
+
 # %% ../nbs/88_checkpoints.ipynb #a8f9284a
 def download(address: str) -> Path:
     """The place of a published file in torch.hub's cache; it is fetched and checked if
@@ -284,20 +521,19 @@ def download(address: str) -> Path:
             " broken file could not be noticed: download it yourself and give its path"
         )
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(address, str(path), digits[1])
-        except RuntimeError as error:
-            raise ValueError(
-                f"what {address} gave is broken or another file, and was not kept:"
-                f" {error}. Try again, or get the file another way and give its path"
-            ) from error
-        except OSError as error:
-            raise RuntimeError(
-                f"the network does not give {address} ({error}): try again, or put the"
-                f" file into {path.parent}, or give its path"
-            ) from error
+    if path.exists():
+        check_cached(path, digits[1])
+        return path
+    try:
+        receive(address, path, digits[1])
+    except (OSError, HTTPException) as error:
+        if isinstance(error, HTTPError):
+            error.close()  # else it keeps the connection
+        reason = " ".join(printable(f"{type(error).__name__}: {error}").split())
+        raise RuntimeError(
+            f"the network does not give {address} ({reason}): try again, or put the file"
+            f" into {path.parent}, or give its path"
+        ) from error
     return path
 
 # %% ../nbs/88_checkpoints.ipynb #4fa5e16d
@@ -334,13 +570,19 @@ def read_checkpoint(path: Path) -> Checkpoint:
         The tensors under their own names, and what the file says about its model.
 
     Raises:
-        ValueError: if it is damaged, holds more than tensors, or no weights.
+        ValueError: if it is damaged, holds more than tensors, or no weights; if a tensor
+            is not finite or claims more than the file holds; if a folder holds both a
+            run and a saved model.
     """
     run = path / "checkpoint.pt"
+    if run.exists() and (path / WEIGHTS).exists():
+        raise ValueError(
+            f"{path} holds a run's checkpoint.pt and a saved model's {WEIGHTS}, which"
+            f" may be two models: name the one that you mean, {run} or {path / WEIGHTS}"
+        )
     if run.exists():
         return read_torch(run)
-    return (
-        read_hugging_face(path)
-        if path.is_dir() or path.suffix == ".safetensors"
-        else read_torch(path)
-    )
+    described = path.suffix == ".bin" and (path.parent / CONFIG).exists()
+    if path.is_dir() or path.suffix == ".safetensors" or described:
+        return read_hugging_face(path)
+    return read_torch(path)

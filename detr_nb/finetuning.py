@@ -26,7 +26,7 @@ from detr_nb.config import (
 )
 from .model import DETR
 from .optimizer import freeze
-from .pretrained import pretrained_model
+from .pretrained import trained_body
 
 # %% ../nbs/20_finetuning.ipynb #809eb3aa
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class FineTuned(ModelConfig):
 
     def build(self, num_classes: int) -> DETR:
         """Load, replace the head, freeze."""
-        model = replace_head(pretrained_model(self.weights), num_classes)
+        model = replace_head(trained_body(self.weights, num_classes), num_classes)
         if self.num_queries:
             resize_queries(model, self.num_queries)
         freeze(model, *self.frozen)

@@ -12,16 +12,19 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated, NamedTuple
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
 from .config import ConfigError, ModelConfig
 from .data import Preprocess
-from .files import replacing_together
+from .files import printable, replacing_together
+from .notation import format_list
 
 # %% ../nbs/81_hub.ipynb #5a7e0010
 CONFIG, WEIGHTS, MODEL_TYPE = "config.json", "model.safetensors", "detr_nb"
@@ -78,10 +81,10 @@ def check_classes(
 ) -> None:
     """Refuse names or ids that are not one for each class."""
     for kind, told in (("names", names), ("category_ids", category_ids)):
-        if told is not None and len(told) != count:
+        if told is not None and (isinstance(told, str) or len(told) != count):
             raise ValueError(
                 f"{kind} must have one entry for each of the {count} classes, or be"
-                f" None; got {len(told)}: {list(told)}"
+                f" None; got {len(told)}: {printable(format_list(told))}"
             )
 
 # %% ../nbs/81_hub.ipynb #c5aebb97
@@ -120,6 +123,9 @@ def corrupt_file(file: Path, error: Exception) -> ValueError:
     )
 
 
+MOST_JSON = 2**26  # bytes
+
+
 def read_json(file: Path) -> dict:
     """A JSON file that holds a dictionary."""
     if not file.is_file():
@@ -128,9 +134,22 @@ def read_json(file: Path) -> dict:
             " into one folder; save the model again, or give another folder"
         )
     try:
+        if os.path.getsize(file) > MOST_JSON:
+            raise ValueError(f"a description has at most {MOST_JSON} bytes")
         return dict(json.loads(file.read_text("utf8")))
-    except (TypeError, ValueError) as error:
+    except (RecursionError, TypeError, ValueError) as error:
         raise corrupt_file(file, error) from error
+
+# %% ../nbs/81_hub.ipynb #81f00023
+def check_finite(state: Mapping[str, Tensor], file: Path) -> None:
+    """Refuse weights that are no numbers: a model with them sees nothing at all."""
+    for name, value in state.items():
+        wide = value.float() if value.element_size() < 2 else value
+        if value.is_floating_point() and not wide.isfinite().all():
+            raise ValueError(
+                f"{file}: tensor {printable(name)!r} is not finite (NaN or infinite):"
+                " the training that made it failed; take a checkpoint from before"
+            )
 
 # %% ../nbs/81_hub.ipynb #81f0000c
 def read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -140,9 +159,11 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
             f"{file} is missing: save the model again, or get the whole folder"
         )
     try:
-        return load_file(file)
+        state = load_file(file)
     except SafetensorError as error:
         raise corrupt_file(file, error) from error
+    check_finite(state, file)
+    return state
 
 # %% ../nbs/81_hub.ipynb #81f0000f
 def with_twins(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -157,6 +178,86 @@ def with_twins(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tenso
         for name in twins
     }
     return {**{name: state[twin] for name, twin in found.items() if twin}, **state}
+
+# %% ../nbs/81_hub.ipynb #81e00020
+WholeNumber = Annotated[int, Field(strict=True)]
+Side = Annotated[int, Field(strict=True, ge=1, le=2**12)]  # of a frame, pixels
+Part = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Spread = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+Ascribed = Annotated[str, Field(coerce_numbers_to_str=True)]
+# what each field beside the architecture may be
+BESIDE_TYPES = {
+    "num_classes": Annotated[int, Field(strict=True, ge=1, le=10**6)],
+    "names": list[Ascribed] | None,
+    "category_ids": list[WholeNumber] | None,
+    "threshold": Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)],
+    "preprocess.short_side": Side,
+    "preprocess.longest": Annotated[int, Field(strict=True, ge=1, le=2**20)],
+    "preprocess.mean": tuple[Part, Part, Part],
+    "preprocess.std": tuple[Spread, Spread, Spread],
+    "preprocess.size": tuple[Side, Side] | None,
+}
+READERS = {name: TypeAdapter(kind) for name, kind in BESIDE_TYPES.items()}
+
+# %% ../nbs/81_hub.ipynb #81e00021
+def read_field(name: str, value: object) -> object:
+    """A field as what it should be, or an error that names it, its value and what is
+    allowed."""
+    if name not in READERS:
+        raise ConfigError(
+            printable(name), "is no field that is known here: take it out"
+        )
+    try:
+        return READERS[name].validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        inside = "".join(f"[{key}]" for key in first["loc"] if isinstance(key, int))
+        shown = printable(repr(first["input"]))[:100]
+        reason = f"is {shown}: {first['msg'].replace('Input', 'it', 1)}"
+        raise ConfigError(f"{name}{inside}", reason) from error
+
+
+def read_preprocess(told: object) -> Preprocess:
+    """The rule for pictures that a file states."""
+    if not isinstance(told, Mapping):
+        raise ConfigError(
+            "preprocess", f"is {told!r}: it must be a table of its fields"
+        )
+    fields = {key: read_field(f"preprocess.{key}", told[key]) for key in told}
+    return Preprocess(**fields)
+
+# %% ../nbs/81_hub.ipynb #81f00022
+class Beside(NamedTuple):
+    """What a file says about a model beside its architecture and its weights.
+
+    Attributes:
+        num_classes: number of classes.
+        names: of the classes.
+        category_ids: number of each class in the dataset.
+        preprocess: what is done to pictures.
+        threshold: lowest score that counts.
+    """
+
+    num_classes: int | None = None
+    names: list[str] | None = None
+    category_ids: list[int] | None = None
+    preprocess: Preprocess | None = None
+    threshold: float | None = None
+
+
+def read_beside(words: Mapping[str, object]) -> Beside:
+    """The fields that a file has, each checked, and all of them together."""
+    told = {name: words[name] for name in Beside._fields if name in words}
+    read = {
+        name: read_preprocess(value)
+        if name == "preprocess"
+        else read_field(name, value)
+        for name, value in told.items()
+    }
+    found = Beside(**read)
+    if found.num_classes is not None:
+        check_classes(found.names, found.category_ids, found.num_classes)
+    return found
 
 # %% ../nbs/81_hub.ipynb #5a7e0023
 # in config.json
@@ -203,11 +304,12 @@ def read_description(words: Mapping[str, object]) -> ModelConfig:
 def model_from_config(words: Mapping[str, object]) -> nn.Module:
     """The model of a config.json, on the device where torch makes tensors now; its
     weights are fresh."""
-    model = read_description(words).build(words["num_classes"])
-    model.preprocess = Preprocess.read(words["preprocess"])
-    model.threshold = float(words["threshold"])
-    model.names, model.category_ids = words["names"], words["category_ids"]
-    check_classes(model.names, model.category_ids, words["num_classes"])
+    told = read_beside(words)
+    if missing := [name for name, value in told._asdict().items() if name not in words]:
+        raise ConfigError(missing[0], "is missing")
+    model = read_description(words).build(told.num_classes)
+    model.preprocess, model.threshold = told.preprocess, told.threshold
+    model.names, model.category_ids = told.names, told.category_ids
     return model
 
 # %% ../nbs/81_hub.ipynb #81f00016
@@ -233,7 +335,7 @@ def saved_model(folder: Path, weights: str = WEIGHTS) -> nn.Module:
     except RuntimeError as error:
         raise ValueError(
             f"{folder / weights} does not belong to the {CONFIG} beside it: save the"
-            f" model again. {str(error)[:500]}"
+            f" model again. {' '.join(str(error).split())[:500]}"
         ) from error
     return model.eval()
 
@@ -244,7 +346,7 @@ def from_hub(name: str, **options: object) -> Path:
     try:
         return Path(
             snapshot_download(
-                name, allow_patterns=["*config.json", "model*.safetensors"], **options
+                name, allow_patterns=["*config.json", "model*.safetensors*"], **options
             )
         )
     except (OSError, ValueError) as error:

@@ -7,8 +7,9 @@ __all__ = ['PUBLISHED', 'LAYOUTS', 'load_pretrained', 'pretrained_model', 'predi
 
 # %% ../nbs/14_pretrained.ipynb #436c01fa
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from functools import singledispatch
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial, singledispatch
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from detr_nb.checkpoints import (
 from .checks import as_picture
 from .config import ModelConfig
 from .evaluation import evaluation_mode
-from .hub import with_twins
+from .hub import check_classes, with_twins
 from .model import DETR, DETRConfig, DETRDemo, ResNetConfig, TinyModel, detr_tiny
 from .notation import Number, format_list, forward_names
 
@@ -273,13 +274,27 @@ def fitting_state(
         " made for; replace_head and resize_queries change it afterwards"
     )
 
+# %% ../nbs/14_pretrained.ipynb #14bb0021
+@contextmanager
+def naming(source: object) -> Iterator[None]:
+    """Whatever is wrong with a checkpoint in the block, the message says which it
+    is."""
+    try:
+        yield
+    except ValueError as error:
+        if str(source) in str(error):
+            raise
+        raise ValueError(f"{source}: {error}") from error
+
 # %% ../nbs/14_pretrained.ipynb #5801baca
 def load_checkpoint(
     model: nn.Module, checkpoint: Checkpoint, source: object
 ) -> nn.Module:
     """Give a model all that a checkpoint holds; `source` is its name for messages."""
-    model.load_state_dict(fitting_state(model, checkpoint, source))
     names, ids = checkpoint.names, checkpoint.category_ids
+    state = fitting_state(model, checkpoint, source)
+    check_classes(names, ids, model.num_classes)
+    model.load_state_dict(state)
     if names is None and model.num_classes == len(COCO_NAMES):
         names, ids = COCO_NAMES, range(len(COCO_NAMES))
     model.names, model.category_ids = names and list(names), ids and list(ids)
@@ -315,7 +330,8 @@ def load_pretrained(model: nn.Module, source: str | Path) -> nn.Module:
         ValueError: if it is damaged, holds more than tensors, has the wrong hash, or
             does not fit the model.
     """
-    return load_checkpoint(model, open_checkpoint(source), source)
+    with naming(source):
+        return load_checkpoint(model, open_checkpoint(source), source)
 
 # %% ../nbs/14_pretrained.ipynb #85403c7e
 BODIES = {  # what the names of a ResNet's convolutions show: which it is
@@ -347,7 +363,8 @@ def inferred_config(
     if missing := [name for name, size in sizes.items() if size is None]:
         raise ValueError(
             f"nothing in the checkpoint tells {', '.join(missing)}: it holds no whole"
-            " DETR"
+            " DETR. Without num_classes it has no class head, which FineTuned(weights="
+            "...) makes anew for your classes; else give a file of the whole model"
         )
     del sizes["num_classes"]
     sizes["pre_norm"] = "encoder.norm.weight" in state
@@ -359,16 +376,50 @@ def inferred_config(
     return DETRConfig(backbone, nheads=settings.get("nheads", 8), **sizes)
 
 # %% ../nbs/14_pretrained.ipynb #3998993f
-def fresh_model(checkpoint: Checkpoint) -> DETR | DETRDemo:
-    """A model with the architecture of a checkpoint, and fresh weights."""
+def builder(checkpoint: Checkpoint) -> Callable[[], DETR | DETRDemo]:
+    """What makes a model with the architecture of a checkpoint, with fresh weights."""
     if checkpoint.config:
-        return checkpoint.config.build(checkpoint.num_classes)
+        return partial(checkpoint.config.build, checkpoint.num_classes)
     state = convert_names(checkpoint.state, {})
     sizes = architecture(state)
     if "linear_class.bias" in state:
         layers = sizes["enc_layers"], sizes["dec_layers"]
-        return DETRDemo(sizes["num_classes"], sizes["hidden_dim"], 8, *layers)
-    return inferred_config(state, checkpoint.settings).build(sizes["num_classes"])
+        return partial(DETRDemo, sizes["num_classes"], sizes["hidden_dim"], 8, *layers)
+    config = inferred_config(state, checkpoint.settings)
+    return partial(config.build, sizes["num_classes"])
+
+
+def fresh_model(
+    checkpoint: Checkpoint, source: object = "the checkpoint"
+) -> DETR | DETRDemo:
+    """A model that fits a checkpoint, with fresh weights; sizes are compared before
+    memory is taken."""
+    build = builder(checkpoint)
+    with torch.device("meta"):
+        fitting_state(build(), checkpoint, source)
+    return build()
+
+
+def with_class_head(checkpoint: Checkpoint, num_classes: int) -> Checkpoint:
+    """The checkpoint, with a fresh class head if it has none."""
+    head = "decoder.head.classes."
+    if checkpoint.config or any("class" in name for name in checkpoint.state):
+        return checkpoint
+    ours = {n: v for n, v in checkpoint.state.items() if n.startswith("memory.")}
+    state = convert_names(checkpoint.state, ours)
+    width = rows(state, "memory.project.bias") or 1
+    fresh = nn.Linear(width, num_classes + 1).state_dict(prefix=head)
+    return checkpoint._replace(state=state | fresh, names=None, category_ids=None)
+
+
+def trained_body(source: str | Path | None, num_classes: int) -> DETR | DETRDemo:
+    """As `pretrained_model`, for a head that will be replaced: a file may lack it."""
+    if source is None:
+        return pretrained_model()
+    with naming(source):
+        checkpoint = with_class_head(open_checkpoint(source), num_classes)
+        model = fresh_model(checkpoint, source)
+        return load_checkpoint(model, checkpoint, source).eval()
 
 # %% ../nbs/14_pretrained.ipynb #14bb0016
 def pretrained_model(source: str | Path | None = None) -> DETR | DETRDemo:
@@ -387,8 +438,10 @@ def pretrained_model(source: str | Path | None = None) -> DETR | DETRDemo:
     """
     if source is None:
         return detr_tiny(pretrained=True)
-    checkpoint = open_checkpoint(source)
-    return load_checkpoint(fresh_model(checkpoint), checkpoint, source).eval()
+    with naming(source):
+        checkpoint = open_checkpoint(source)
+        model = fresh_model(checkpoint, source)
+        return load_checkpoint(model, checkpoint, source).eval()
 
 # %% ../nbs/14_pretrained.ipynb #14bb0020
 def check_found(found: Mapping[str, Tensor]) -> None:

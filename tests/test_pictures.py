@@ -109,7 +109,7 @@ def test_a_pipe_in_a_data_set_is_named_or_left_out(tmp_path):
     os.mkfifo(tmp_path / "images" / "x.jpg")
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.png")
     found = [str(problem) for problem in check_data(YoloDataset(tmp_path / "images", ["cell"]))]
-    assert len(found) <= 1 and all("x.jpg: picture is no ordinary file" in line for line in found)
+    assert any("1 pipe or device" in line for line in found)
 
 
 # which formats
