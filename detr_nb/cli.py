@@ -24,7 +24,6 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
-from typing import IO
 
 import matplotlib
 from jaxtyping import UInt8
@@ -474,7 +473,7 @@ def write_result(picture: Image.Image, place: Path) -> bool:
     that is full is an error."""
     try:
         content = signed(picture, place.suffix)
-        with replacing(place, "wb") as file:
+        with replacing(place, "wb", durable=False) as file:
             file.write(content)
         return True
     except Exception as error:
@@ -730,7 +729,7 @@ def run_command(words: Sequence[str]) -> int:
 class Outlet:
     """A stream whose failures do not reach the work."""
 
-    def __init__(self, stream: IO[str]):
+    def __init__(self, stream: object):  # whatever writes text
         self.stream, self.failure = stream, None
 
     def __getattr__(self, name: str) -> object:
@@ -770,7 +769,7 @@ def open_streams() -> None:
 
 def silence(outlet: Outlet) -> None:
     """Lead a stream that failed to nowhere: Python tries it again at its end."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, outlet.stream.fileno())
         os.close(nowhere)
