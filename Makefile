@@ -31,7 +31,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 EXECUTE := $(BIN)/python tools/execute.py
 BOOK := $(BIN)/jupyter-book build . --config book/_config.yml --toc book/_toc.yml --path-output book -W --keep-going
 
-.PHONY: help env book pdf test check lint export check-export outputs clean clean-book
+.PHONY: help env book pdf test check lint export check-export outputs colab oldest clean clean-book
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -102,6 +102,12 @@ outputs: book ## write the outputs of that build into the notebooks, as GitHub s
 	$(call say,outputs: from the book into nbs/)
 	@$(BIN)/python tools/outputs.py
 	@$(EXECUTE) --note
+
+colab: ## run the first cell and all notebooks with Colab's versions, in .venv-colab (an hour; not part of `make test`)
+	@python3 tools/environments.py colab $(if $(PYTHON),--python $(PYTHON))
+
+oldest: ## run all notebooks and the quick tests with the oldest versions allowed, in .venv-oldest (an hour)
+	@python3 tools/environments.py oldest $(if $(PYTHON),--python $(PYTHON))
 
 clean-book:
 	@rm -rf $(BUILD)

@@ -8,7 +8,7 @@ __all__ = ['cxcywh_to_xyxy', 'xyxy_to_cxcywh', 'xyxy_to_xywh', 'scale_boxes', 'b
 
 # %% ../nbs/03_boxes.ipynb #cell-005
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from .notation import Number
@@ -164,20 +164,27 @@ def pairwise_giou(
     return giou(a_xyxy[..., :, None, :], b_xyxy[..., None, :, :])
 
 # %% ../nbs/03_boxes.ipynb #cell-098
-def masks_to_boxes(masks: Bool[Tensor, "t y x"]) -> Float[Tensor, "t 4"]:
+def masks_to_boxes(
+    masks: Bool[Tensor, "t y x"] | UInt8[Tensor, "t y x"],
+) -> Float[Tensor, "t 4"]:
     """First and last column and row of each mask, (x0, y0, x1, y1), as indices of
     pixels.
 
     Args:
-        masks: True on the object.
+        masks: True, or a byte that is not 0, on the object.
 
     Returns:
         Indices, so that a mask of one pixel has x0 = x1. Add 1 to x1 and y1 for the far
         edges of the last pixels.
 
     Raises:
-        ValueError: if a mask is empty, naming which.
+        ValueError: if a mask is empty, naming which, or holds numbers such as scores.
     """
+    if masks.dtype not in (torch.bool, torch.uint8):
+        raise ValueError(
+            f"masks are {masks.dtype}: give booleans, such as masks > 0 of scores"
+        )
+    masks = masks.bool()
     empty = ~masks.flatten(1).any(1)
     if empty.any():
         raise ValueError(

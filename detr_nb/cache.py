@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_start_method
 from pathlib import Path
+from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -143,6 +144,23 @@ def read_cache(
     packed = torch.load(targets_file, weights_only=True)
     return images, unpack_targets(packed, scenes.config.size)
 
+# %% ../nbs/83_cache.ipynb #18b36d82
+def opened_cache(
+    scenes: Scenes, images_file: Path, targets_file: Path
+) -> tuple[Pictures, list[Target]] | None:
+    """The two files of a series; None if they are broken, or not of this series."""
+    shape = (len(scenes), 3, scenes.config.size, scenes.config.size)
+    try:
+        images, targets = read_cache(scenes, images_file, targets_file)
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, EOFError):
+        return None
+    except (AttributeError, UnpicklingError):  # what lies there is no dict of tensors
+        return None
+    fits = images.dtype == torch.uint8 and images.shape == shape
+    fields = {*PACKED, "masks"} if scenes.masks else set(PACKED)
+    whole = all(fields <= target.keys() for target in targets)
+    return (images, targets) if fits and whole and len(targets) == shape[0] else None
+
 # %% ../nbs/83_cache.ipynb #ea202fef
 def still_drawn(scenes: Scenes, images: Pictures, targets: Sequence[Target]) -> bool:
     """Does today's code draw the first, the middle and the last scene as they lie?"""
@@ -176,8 +194,8 @@ def render_scenes(
         scenes: the series.
         folder: where drawn series are kept. One that lies there already is opened, not
             drawn: its images are then read from the file as they are needed. Another
-            series has another file; one that the drawing code would draw otherwise
-            today is drawn again, with a warning.
+            series has another file; one that is broken, or that the drawing code would
+            draw otherwise today, is drawn again, with a warning.
         workers: processes that draw; by default one for each core. Where processes are
             not forked, a script that draws with more than one needs Python's usual `if
             __name__ == "__main__":`.
@@ -193,14 +211,15 @@ def render_scenes(
     stem = Path(folder) / series_key(scenes)
     files = (stem.with_suffix(".npy"), stem.with_suffix(".pt"))
     if all(file.exists() for file in files):
-        saved = read_cache(scenes, *files)
-        if still_drawn(scenes, *saved):
+        saved = opened_cache(scenes, *files)
+        if saved and still_drawn(scenes, *saved):
             return saved
-        del saved  # a file that is open cannot be replaced everywhere
-        warnings.warn(
-            f"{files[0]}: today's code draws other pictures, so this series is drawn"
-            " again; add 1 to DRAWING in chapter 83",
-            stacklevel=2,
+        reason = (
+            "today's code draws other pictures (add 1 to DRAWING in chapter 83)"
+            if saved
+            else "the file, or the one beside it, is broken or holds something else"
         )
+        del saved  # a file that is open cannot be replaced everywhere
+        warnings.warn(f"{files[0]}: {reason}; this series is drawn again", stacklevel=2)
     write_cache(scenes, *files, workers)
     return read_cache(scenes, *files)

@@ -8,20 +8,26 @@ __all__ = ['Problem', 'DataError', 'read_image', 'check_data', 'summary']
 # %% ../nbs/82_checks.ipynb #5b250002
 import math
 import os
+import reprlib
+import stat
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import singledispatch
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Shaped, UInt8
-from PIL import ExifTags, Image, ImageOps, features
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from .boxes import cxcywh_to_xyxy, scale_boxes
+from .files import printable
 from .notation import Number, Target, format_list
 
 # %% ../nbs/82_checks.ipynb #41b4202c
@@ -34,9 +40,17 @@ KINDS = (
     "duplicate",
     "size",
     "orphan",
+    "outline",
+    "ambiguous",
+    "thin",
+    "blank",
+    "polygon",
+    "left out",
+    "crowded",
+    "empty",
 )
 # refused on loading; the others can be repaired or tolerated
-FATAL = ("unreadable", "unknown class", "non-finite")
+FATAL = ("unreadable", "unknown class", "non-finite", "outline", "ambiguous")
 
 # %% ../nbs/82_checks.ipynb #613a6277
 class Problem(NamedTuple):
@@ -72,18 +86,22 @@ class DataError(ValueError):
         self.problem = problem
 
 # %% ../nbs/82_checks.ipynb #d33dff95
-def unreadable(file: Path | str, field: str, error: Exception) -> DataError:
+# what to do, by the first of these errors that fits
+REMEDIES = {
+    FileNotFoundError: "check the folder, or drop the entry",
+    UnicodeError: "save the file as UTF-8",
+    OSError: "restore the file, or take it off the list",
+}
+
+
+def unreadable(
+    file: Path | str, field: str, error: Exception, remedy: str | None = None
+) -> DataError:
     """The complaint about a file that cannot be read at all."""
+    kinds = [words for kind, words in REMEDIES.items() if isinstance(error, kind)]
+    remedy = remedy or (kinds or [REMEDIES[OSError]])[0]
     value = f"{type(error).__name__}: {error}"
-    return DataError(
-        Problem(
-            str(file),
-            field,
-            value,
-            "restore the file, or take it off the list",
-            "unreadable",
-        )
-    )
+    return DataError(Problem(str(file), field, value, remedy, "unreadable"))
 
 # %% ../nbs/82_checks.ipynb #82f00001
 # Pillow's name of each format that is read, and how its files end
@@ -163,14 +181,80 @@ def count_words(left_out: Mapping[str, int]) -> str:
     """What was left out for people, most of it first: "3 .heic, 1 .svg"."""
     return ", ".join(f"{n} {what}" for what, n in Counter(left_out).most_common())
 
+# %% ../nbs/82_checks.ipynb #82f00006
+MOST_PIXELS = 100_000_000  # 300 MB of colours
+
+
+def bad_picture(file: Path | str, value: str, remedy: str) -> DataError:
+    """The complaint about a picture that is whole and yet of no use."""
+    return DataError(Problem(str(file), "picture", value, remedy, "unreadable"))
+
+
+def check_pixels(size: tuple[int, int], file: Path | str) -> None:
+    """Refuse a picture of (width, height) that takes too much memory."""
+    if math.prod(size) > MOST_PIXELS:
+        raise bad_picture(
+            file,
+            f"of {size[0]} x {size[1]} pixels",
+            f"make it smaller, or cut it up: at most {MOST_PIXELS} pixels are read",
+        )
+
+# %% ../nbs/82_checks.ipynb #82f00007
+@contextmanager
+def opened(path: Path | str) -> Iterator[Image.Image]:
+    """A picture of a listed format, with its head read; whatever fails in the block
+    names the file."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise bad_picture(
+                path, "no ordinary file", "give a file, no folder, pipe or device"
+            )
+        with Image.open(path, formats=tuple(FORMATS)) as picture:
+            check_pixels(picture.size, path)
+            yield picture
+    except DataError:
+        raise
+    except UnidentifiedImageError as error:
+        remedy = "save it as JPEG or PNG; if it was one, restore the file"
+        raise bad_picture(path, f"none of {', '.join(FORMATS)}", remedy) from error
+    except Image.DecompressionBombError as error:
+        remedy = f"make it smaller: at most {MOST_PIXELS} pixels are read"
+        raise bad_picture(path, "far too large", remedy) from error
+    except Exception as error:  # decoders raise whatever they like
+        raise unreadable(path, "picture", error) from error
+
+# %% ../nbs/82_checks.ipynb #82f00008
+DEPTHS = (8, 10, 12, 16)  # bits in which cameras and scanners count
+
+
+def grey_bytes(
+    values: Shaped[np.ndarray, "y x"], file: Path | str
+) -> UInt8[np.ndarray, "y x"]:
+    """Grey numbers of another range as bytes; warns unless all 16 bits are used."""
+    low, high = values.min(), values.max()
+    if not 0 <= low <= high < 2**16:  # NaN is not either
+        value = f"grey with numbers from {low} to {high}"
+        raise bad_picture(file, value, "save it with 8 or 16 bits a pixel")
+    broken, stored = values.dtype.kind == "f", values.dtype.name
+    if broken and high <= 1:
+        found, values = "shares of full brightness", (values * 255).round()
+    else:
+        bits = next(bits for bits in DEPTHS if high < 2**bits)
+        found, values = f"numbers of {bits} bits", values // 2 ** (bits - 8)
+    if high and (broken or bits < 16):
+        warnings.warn(
+            f"grey pictures in {Path(file).parent} hold numbers as {stored}, which are"
+            f" read as {found}",
+            stacklevel=2,
+        )
+    return values.astype(np.uint8)
+
 # %% ../nbs/82_checks.ipynb #bffb5d6f
-def three_colours(picture: Image.Image) -> Image.Image:
+def three_colours(picture: Image.Image, file: Path | str) -> Image.Image:
     """Any Pillow image as RGB: grey is repeated, 16-bit grey keeps its upper byte,
     transparency is dropped."""
-    if picture.mode.startswith("I"):
-        picture = Image.fromarray(
-            (np.asarray(picture) // 256).clip(0, 255).astype(np.uint8)
-        )
+    if picture.mode.startswith(("I", "F")):
+        picture = Image.fromarray(grey_bytes(np.asarray(picture), file))
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 # %% ../nbs/82_checks.ipynb #c82fde25
@@ -178,15 +262,17 @@ def read_image(path: Path | str) -> UInt8[Tensor, "3 y x"]:
     """Read a picture as it is meant to be seen: turned as its EXIF note says, in three
     colours.
 
+    Args:
+        path: an ordinary file of a format in `FORMATS`; of a moving picture the first
+            frame is read. Grey numbers of 16 bits, or broken ones, become bytes by the
+            rule of `grey_bytes`.
+
     Raises:
-        DataError: if the file is missing, no picture, or cut off.
+        DataError: if the file is missing, no such picture, cut off or too large.
     """
-    try:
-        with Image.open(path) as file:
-            ImageOps.exif_transpose(file, in_place=True)
-            pixels = np.asarray(three_colours(file))
-    except Exception as error:  # decoders raise whatever they like
-        raise unreadable(path, "picture", error) from error
+    with opened(path) as picture:
+        ImageOps.exif_transpose(picture, in_place=True)
+        pixels = np.asarray(three_colours(picture, path))
     # the only copy after decoding
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
@@ -194,14 +280,74 @@ def read_image(path: Path | str) -> UInt8[Tensor, "3 y x"]:
 def picture_size(path: Path) -> tuple[int, int]:
     """(height, width) of a picture as it is meant to be seen, from the head of its
     file."""
-    try:
-        with Image.open(path) as file:
-            (width, height) = file.size
-            note = file.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception as error:
-        raise unreadable(path, "picture", error) from error
-    # notes from 5 on turn by a quarter
-    return (width, height) if note >= 5 else (height, width)
+    with opened(path) as picture:
+        (width, height) = picture.size
+        note = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    # notes 5 to 8 turn by a quarter; some programs write a text
+    return (width, height) if note in range(5, 9) else (height, width)
+
+# %% ../nbs/82_checks.ipynb #82f0000a
+BYTES = "give colours from 0 to 255 as uint8"
+
+
+def check_colours(image: np.ndarray | Tensor, axis: int, turn: str) -> None:
+    """Refuse what is not one picture of bytes with its colours on an axis; `turn`
+    writes how to bring them there."""
+    shape, kind = tuple(image.shape), str(image.dtype).removeprefix("torch.")
+    remedy = None
+    if kind != "uint8":
+        scaled = "(255 * image).round() converted to uint8, if they go from 0 to 1"
+        remedy = f"{BYTES}; of broken numbers {scaled}" if "float" in kind else BYTES
+    elif 0 in shape:
+        remedy = "give at least one pixel"
+    elif len(shape) == 4:
+        remedy = "give one picture, such as image[0]"
+    elif len(shape) != 3 or shape[axis] not in (3, 4):
+        turned = len(shape) == 3 and shape[-1 - axis] == 3
+        remedy = f"write {turn}" if turned else f"three colours belong on axis {axis}"
+    if remedy:
+        raise ValueError(f"image is {kind} of shape {shape}: {remedy}")
+
+# %% ../nbs/82_checks.ipynb #82f0000b
+@singledispatch
+def as_picture(image: object) -> UInt8[Tensor, "3 y x"]:
+    """A picture in any form that programs have it in, as bytes of three colours; what
+    was given stays as it is."""
+    raise TypeError(
+        f"image is a {type(image).__name__}: give a path, a Pillow image, a NumPy array"
+        " of bytes (y x 3) or a tensor of bytes (3 y x)"
+    )
+
+
+@as_picture.register
+def _(image: str | Path) -> UInt8[Tensor, "3 y x"]:
+    """A file."""
+    return read_image(image)
+
+
+@as_picture.register
+def _(image: Tensor) -> UInt8[Tensor, "3 y x"]:
+    """A tensor, colours first; transparency is dropped."""
+    check_colours(image, 0, "image.permute(2, 0, 1)")
+    return image[:3]
+
+# %% ../nbs/82_checks.ipynb #82f0000c
+@as_picture.register
+def _(image: np.ndarray) -> UInt8[Tensor, "3 y x"]:
+    """An array as Pillow gives it: colours last, red first; grey has no colour axis."""
+    if image.ndim == 2 and image.dtype == np.uint8:
+        image = image[..., None].repeat(3, -1)
+    check_colours(image, -1, "image.transpose(1, 2, 0)")
+    return torch.from_numpy(image[..., :3].transpose(2, 0, 1).copy())
+
+
+@as_picture.register
+def _(image: Image.Image) -> UInt8[Tensor, "3 y x"]:
+    """A Pillow image, turned and coloured as a file's would be."""
+    name = getattr(image, "filename", "") or "image"
+    check_pixels(image.size, name)
+    upright = ImageOps.exif_transpose(image)
+    return as_picture(np.array(three_colours(upright, name)))
 
 # %% ../nbs/82_checks.ipynb #aacabb8a
 class Record(NamedTuple):
@@ -219,6 +365,8 @@ class Record(NamedTuple):
         image_id: number of the image.
         area: square pixels of each object's outline, or None.
         outlines: COCO segmentation of each object, or None if masks are not wanted.
+        faults: what was wrong with rows that are left out of all of these.
+        polygons: how many boxes were drawn around polygons.
     """
 
     image: Path | None
@@ -232,6 +380,8 @@ class Record(NamedTuple):
     image_id: int
     area: Float[Tensor, " t"] | None = None
     outlines: list | None = None
+    faults: Sequence[Problem] = ()
+    polygons: int = 0
 
 # %% ../nbs/82_checks.ipynb #a351b292
 TOLERANCE = 0.01  # pixels: what rounding may add to a box, or leave of one that is gone
@@ -240,9 +390,11 @@ TOLERANCE = 0.01  # pixels: what rounding may add to a box, or leave of one that
 def four_numbers(values: object) -> list[float]:
     """Four floats, or four NaNs if that is not what stands there."""
     try:
+        if not isinstance(values, list | tuple) or any(v is True for v in values):
+            raise TypeError("no list of numbers")
         a, b, c, d = (float(value) for value in values)
         return [a, b, c, d]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return [math.nan] * 4
 
 # %% ../nbs/82_checks.ipynb #95fa5db5
@@ -270,38 +422,113 @@ def box_faults(
             ),
         )
 
+# %% ../nbs/82_checks.ipynb #82a00002
+def read_polygon(numbers: object, size: tuple[int, int] | None) -> list[float]:
+    """A polygon's x and y in turn, or a `ValueError` that says what to do."""
+    try:
+        corners = np.asarray(numbers, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        corners = np.zeros((0, 0))
+    if corners.ndim != 1 or not np.isfinite(corners).all():
+        raise ValueError("write x and y of each corner as finite numbers")
+    if len(corners) < 6 or len(corners) % 2:
+        raise ValueError(
+            f"write x and y of at least three corners; {len(corners)} numbers are none"
+        )
+    height, width = size or (math.inf, math.inf)
+    for along, side in ((corners[::2], width), (corners[1::2], height)):
+        if along.min() < -side or along.max() > 2 * side:
+            raise ValueError(f"it is far outside of the {height} x {width} picture")
+    return corners.tolist()
+
+# %% ../nbs/82_checks.ipynb #82a00004
+def unpack_runs(packed: str | bytes) -> list[int]:
+    """The run lengths in COCO's packed text."""
+    runs, value, shift = [], 0, 0
+    for letter in packed.decode("latin-1") if isinstance(packed, bytes) else packed:
+        piece = ord(letter) - 48
+        if not 0 <= piece < 64 or shift > 60:
+            raise ValueError(f"{letter!r} is no letter of packed run lengths there")
+        value |= (piece & 31) << shift
+        shift += 5
+        if not piece & 32:  # the last piece, whose highest bit is a sign
+            value -= (1 << shift) if piece & 16 else 0
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise ValueError("the packed run lengths break off")
+    return runs
+
+# %% ../nbs/82_checks.ipynb #82a00006
+def read_runs(outline: Mapping, size: tuple[int, int] | None) -> dict:
+    """Run lengths that fit the picture, or a `ValueError` that says what to do."""
+    stated = outline.get("size") or size
+    if size and list(stated) != list(size):
+        raise ValueError(
+            f"its size is {reprlib.repr(stated)}, the picture has {list(size)}: draw it"
+            " on this picture"
+        )
+    counts = outline.get("counts")
+    if isinstance(counts, str | bytes):
+        runs = unpack_runs(counts)
+    elif isinstance(counts, list) and all(type(run) is int for run in counts):
+        runs = counts
+    else:
+        raise ValueError("write its counts as a list of whole numbers, or packed")
+    if min(runs, default=0) < 0 or size and sum(runs) != math.prod(size):
+        raise ValueError(
+            f"its counts must be 0 or more, and {math.prod(size or ())} in all"
+        )
+    return {"size": list(stated or ()), "counts": counts}
+
+# %% ../nbs/82_checks.ipynb #82a00007
+def read_outline(outline: object, size: tuple[int, int] | None) -> list | dict | None:
+    """A COCO segmentation as pycocotools may have it, or a `ValueError` that says what
+    to do; None where nothing is written."""
+    if outline is None or outline == []:
+        return None
+    if isinstance(outline, Mapping):
+        return read_runs(outline, size)
+    if not isinstance(outline, list):
+        raise ValueError("write a list of polygons, or run lengths")
+    nested = isinstance(outline[0], list)  # else one polygon without its list
+    return [
+        read_polygon(polygon, size) for polygon in (outline if nested else [outline])
+    ]
+
+
+def outline_problems(record: Record, size: tuple[int, int] | None) -> Iterator[Problem]:
+    """Outlines that cannot be painted."""
+    rows = zip(
+        record.fields, record.outlines or [None] * len(record.fields), strict=True
+    )
+    for field, outline in rows:
+        try:
+            read_outline(outline, size)
+        except (ValueError, TypeError) as error:
+            value, where = reprlib.repr(outline), f"{field} segmentation"
+            yield Problem(record.file, where, value, str(error), "outline")
+
 # %% ../nbs/82_checks.ipynb #68ad8561
 def record_problems(
     record: Record, known: Mapping[Hashable, int], size: tuple[int, int] | None = None
 ) -> Iterator[Problem]:
     """Everything that is wrong with the boxes of one entry."""
+    yield from record.faults
+    size, file = size or record.size, record.file
     first: dict[tuple, str] = {}
-    rows = zip(
-        record.fields,
-        record.written,
-        record.boxes_xyxy.tolist(),
-        record.classes,
-        strict=True,
-    )
+    boxes = record.boxes_xyxy.tolist()
+    rows = zip(record.fields, record.written, boxes, record.classes, strict=True)
     for field, value, box, name in rows:
-        for kind, remedy in box_faults(box, size or record.size):
-            yield Problem(record.file, f"{field} box", str(value), remedy, kind)
+        for kind, remedy in box_faults(box, size):
+            yield Problem(file, f"{field} box", str(value), remedy, kind)
         if name not in known:
-            yield Problem(
-                record.file,
-                f"{field} class",
-                repr(name),
-                f"use one of {format_list(known)}",
-                "unknown class",
-            )
+            remedy = f"use one of {format_list(known)}"
+            yield Problem(file, f"{field} class", repr(name), remedy, "unknown class")
         if (earlier := first.setdefault((name, *box), field)) != field:
-            yield Problem(
-                record.file,
-                f"{field} box",
-                str(value),
-                f"delete it, {earlier} is the same",
-                "duplicate",
-            )
+            remedy = f"delete it, {earlier} is the same"
+            yield Problem(file, f"{field} box", str(value), remedy, "duplicate")
+    yield from outline_problems(record, size)
 
 # %% ../nbs/82_checks.ipynb #19e9dc5a
 def target_record(image: Shaped[Tensor, "3 y x"], target: Target, index: int) -> Record:
@@ -323,44 +550,137 @@ def target_record(image: Shaped[Tensor, "3 y x"], target: Target, index: int) ->
         index,
     )
 
-# %% ../nbs/82_checks.ipynb #103438b2
-def entry_problems(
-    dataset: Dataset, index: int, known: Mapping[Hashable, int]
+# %% ../nbs/82_checks.ipynb #82a00009
+def turned_by_note(picture: Path | None) -> bool:
+    """Whether a picture's EXIF note turns it by a quarter."""
+    if picture is None:
+        return False
+    with suppress(DataError), opened(picture) as file:
+        return file.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
+    return False
+
+
+def size_problems(
+    dataset: Dataset, record: Record, size: tuple[int, int]
 ) -> Iterator[Problem]:
-    """Everything that is wrong with one image of a dataset, its picture included."""
-    try:
-        record = (
-            dataset.record(index)
-            if hasattr(dataset, "record")
-            else target_record(*dataset[index], index)
-        )
-    except DataError as error:
-        yield error.problem
-        return
-    size = record.size
-    if record.image is not None:
-        try:
-            size = tuple(read_image(record.image).shape[1:])
-        except DataError as error:
-            yield error.problem
+    """A picture whose size is not the stated one, or of which a resize leaves nothing."""
+    height, width = size
     if record.size not in (None, size):
         remedy = (
             f"the picture has {size}: was it resized or turned after the boxes were"
             " drawn?"
         )
-        yield Problem(
-            record.file, "size (height, width)", str(record.size), remedy, "size"
-        )
+        if record.size == (width, height) and turned_by_note(record.image):
+            remedy = (
+                f"turned by its EXIF note, the picture has {size}: turn the boxes too,"
+                " or delete the note if they were drawn on the picture as it is stored"
+            )
+        where = "size (height, width)"
+        yield Problem(record.file, where, str(record.size), remedy, "size")
+    if hasattr(dataset, "resized") and min(dataset.resized(size)) < 1:
+        remedy = "a resize leaves nothing of it: cut it, or take it off the list"
+        value = f"{height} x {width}"
+        yield Problem(str(record.image), "size", value, remedy, "thin")
+
+# %% ../nbs/82_checks.ipynb #82a0000a
+def blank_problems(record: Record, image: Tensor) -> Iterator[Problem]:
+    """A picture that is black or white all over."""
+    colour = {0: "black", 255: "white"}.get(image.max().item() if image.numel() else 0)
+    if colour and (image == image.max()).all():
+        where = str(record.image or record.file)
+        remedy = "nothing can be seen in it: was it converted? Take it off the list"
+        yield Problem(where, "picture", f"{colour} all over", remedy, "blank")
+
+# %% ../nbs/82_checks.ipynb #82a0000c
+@dataclass
+class Tally:
+    """What a pass over a dataset has counted: boxes that can be learned, the most in
+    one image, boxes around polygons, and images that could not be judged."""
+
+    objects: int = 0
+    most: int = 0
+    polygons: int = 0
+    unknown: int = 0
+
+    def add(self, record: Record, keep_crowd: bool = True) -> None:
+        """Count the boxes of one entry; those that are dropped in training do not
+        count."""
+        there = (record.boxes_xyxy[:, 2:] > record.boxes_xyxy[:, :2]).all(1)
+        count = int((there if keep_crowd else there & ~record.crowd).sum())
+        self.objects += count
+        self.most = max(self.most, count)
+        self.polygons += record.polygons
+        finite = record.boxes_xyxy.isfinite().all().item()
+        self.unknown += bool(record.faults) or not finite
+
+# %% ../nbs/82_checks.ipynb #82a0000d
+def crowded(where: str, most: int, queries: int | None) -> list[Problem]:
+    """The problem of an image with more objects than a model has queries."""
+    remedy = f"a model of {queries} queries can never find them all: give it more"
+    field = "most objects in an image"
+    problem = Problem(where, field, str(most), remedy, "crowded")
+    return [problem] if queries and most > queries else []
+
+
+def count_problems(
+    dataset: Dataset, tally: Tally, queries: int | None = None
+) -> Iterator[Problem]:
+    """What only the counts tell: nothing to learn, or more than a model can find."""
+    where = str(getattr(dataset, "file", getattr(dataset, "folder", "dataset")))
+    images = len(dataset)
+    if not len(dataset.names):
+        remedy = "nothing can be learned without a class: name them"
+        yield Problem(where, "list of classes", "empty", remedy, "empty")
+    if images and not tally.objects and not tally.unknown:
+        remedy = "do the annotations belong to these pictures?"
+        value = f"none in {images} images"
+        yield Problem(where, "number of objects", value, remedy, "empty")
+    if tally.polygons:
+        remedy, value = "nothing to do, their boxes are taken", "a polygon"
+        field = f"form of {tally.polygons} boxes"
+        yield Problem(where, field, value, remedy, "polygon")
+    yield from crowded(where, tally.most, queries)
+
+# %% ../nbs/82_checks.ipynb #103438b2
+def entry_problems(
+    dataset: Dataset, index: int, known: Mapping[Hashable, int], tally: Tally
+) -> Iterator[Problem]:
+    """Everything that is wrong with one image of a dataset, its picture included."""
+    image = None
+    try:
+        if hasattr(dataset, "record"):
+            record = dataset.record(index)
+        else:
+            image, target = dataset[index]
+            record = target_record(image, target, index)
+    except DataError as error:
+        tally.unknown += 1
+        yield error.problem
+        return
+    tally.add(record, getattr(dataset, "keep_crowd", True))
+    try:
+        image = read_image(record.image) if image is None else image
+    except DataError as error:
+        yield error.problem
+    size = record.size
+    if image is not None:
+        size = tuple(image.shape[1:])
+        yield from blank_problems(record, image)
+        yield from size_problems(dataset, record, size)
     yield from record_problems(record, known, size)
 
 # %% ../nbs/82_checks.ipynb #171524bb
-def all_entry_problems(dataset: Dataset, index: int) -> list[Problem]:
+def all_entry_problems(
+    dataset: Dataset, index: int, tally: Tally | None = None
+) -> list[Problem]:
     """As `entry_problems`; an entry so broken that even the check trips must not hide
     the others."""
     known = getattr(dataset, "known", {i: i for i in range(len(dataset.names))})
+    tally = Tally() if tally is None else tally
     try:
-        return list(entry_problems(dataset, index, known))
+        return list(entry_problems(dataset, index, known, tally))
     except Exception as error:
+        tally.unknown += 1
         where = str(getattr(dataset, "file", "dataset"))
         value = f"{type(error).__name__}: {error}"
         return [
@@ -368,16 +688,20 @@ def all_entry_problems(dataset: Dataset, index: int) -> list[Problem]:
         ]
 
 # %% ../nbs/82_checks.ipynb #5cc401a3
-def all_problems(dataset: Dataset) -> Iterator[Problem]:
-    """The problems of the files as a whole, then those of each image."""
-    if hasattr(dataset, "orphans"):
-        yield from (*dataset.orphans(), *dataset.skipped)
+def all_problems(dataset: Dataset, queries: int | None) -> Iterator[Problem]:
+    """The problems of the files as a whole, those of each image, those of the counts."""
+    tally = Tally()
+    if hasattr(dataset, "set_problems"):
+        yield from dataset.set_problems()
     for index in range(len(dataset)):
-        yield from all_entry_problems(dataset, index)
+        yield from all_entry_problems(dataset, index, tally)
+    yield from count_problems(dataset, tally, queries)
 
 # %% ../nbs/82_checks.ipynb #5d0ce310
 def check_data(
-    dataset: Dataset, report: Callable[[Problem], object] | None = None
+    dataset: Dataset,
+    report: Callable[[Problem], object] | None = None,
+    queries: int | None = None,
 ) -> list[Problem]:
     """Read every entry and every picture once, and collect what is wrong; one bad entry
     stops nothing.
@@ -386,12 +710,13 @@ def check_data(
         dataset: a reader of chapter 85, or anything that gives uint8 images with
             targets and has `names`.
         report: called with each problem as soon as it is found, such as `print`.
+        queries: of the model that shall learn it; None does not compare.
 
     Returns:
         All problems, in the order of the dataset; none is an empty list.
     """
     problems = []
-    for problem in all_problems(dataset):
+    for problem in all_problems(dataset, queries):
         problems.append(problem)
         if report is not None:
             report(problem)
@@ -430,3 +755,109 @@ def readable_items(dataset: Dataset) -> tuple[list, list[Problem]]:
             stacklevel=4,
         )
     return kept, lost
+
+# %% ../nbs/82_checks.ipynb #82f0000e
+def loose(name: object) -> str:
+    """A class name without what tools change: capitals, spaces, hyphens and
+    underscores."""
+    return " ".join(str(name).casefold().replace("_", " ").replace("-", " ").split())
+
+
+def find_class(
+    name: object, raw: object, names: Sequence, ids: Sequence | None
+) -> int | None:
+    """Which label of a table has this name, or this name and number if two have it;
+    None if none has, or several."""
+    for spelled in (str, loose):
+        found = [k for k, other in enumerate(names) if spelled(other) == spelled(name)]
+        if len(found) > 1 and ids is not None:
+            found = [k for k in found if ids[k] == raw]
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
+
+
+def table_words(names: Sequence | None, ids: Sequence | None) -> str:
+    """A table of classes for people: "1 cat, 2 dog"."""
+    count = len(names if ids is None else ids)
+    columns = ids or range(count), names or ["(no name)"] * count
+    rows = [f"{raw} {name}" for raw, name in zip(*columns, strict=True)]
+    rest = [f"... ({count} in all)"] if count > 100 else []
+    return printable(", ".join([*rows[:100], *rest]))
+
+# %% ../nbs/82_checks.ipynb #82f0000f
+class Classes(NamedTuple):
+    """A table of classes.
+
+    Attributes:
+        names: of each label, or None.
+        ids: number of each label in files, or None.
+    """
+
+    names: Sequence | None
+    ids: Sequence | None
+
+    @classmethod
+    def of(cls, owner: object) -> "Classes":
+        """The table of a model or a dataset."""
+        names, ids = (getattr(owner, key, None) for key in ("names", "category_ids"))
+        return cls(None if names is None else list(names), ids and list(ids))
+
+
+def refuse_join(model: Classes, data: Classes, wrong: Sequence[str]) -> ValueError:
+    """The complaint about classes of data that are none of a model's."""
+    return ValueError(
+        f"classes: the model does not know {printable(format_list(wrong))} of the data,"
+        f" or knows it twice. The model has: {table_words(*model)}. The data have:"
+        f" {table_words(*data)}. Rename them in one of the two (model.names,"
+        " model.category_ids), or take them out of the data"
+    )
+
+# %% ../nbs/82_checks.ipynb #82f00010
+def join_by_id(model: Classes, data: Classes) -> list[int]:
+    """The label in the data of each label of a model that has numbers and no names."""
+    place = {raw: label for label, raw in enumerate(data.ids)}
+    joined = [place.get(raw, -1) for raw in model.ids]
+    if max(joined, default=-1) < 0:
+        raise refuse_join(model, data, data.names or data.ids)
+    return joined
+
+
+def join_classes(ours: Classes, theirs: Classes) -> list[int] | None:
+    """The label in the data of each label of a model, -1 where the data lack it; None
+    if nothing tells that labels differ. A difference that names settle is said."""
+    if ours.names is None or theirs.names is None:
+        return None if ours.ids is None else join_by_id(ours, theirs)
+    raw = theirs.ids or [None] * len(theirs.names)
+    pairs = zip(theirs.names, raw, strict=True)
+    found = [find_class(name, number, *ours) for name, number in pairs]
+    twice = Counter(found)
+    wrong = [
+        name
+        for name, label in zip(theirs.names, found, strict=True)
+        if label is None or twice[label] > 1
+    ]
+    if wrong:
+        raise refuse_join(ours, theirs, wrong)
+    say_differences(ours, theirs, found)
+    place = {label: k for k, label in enumerate(found)}
+    return [place.get(label, -1) for label in range(len(ours.names))]
+
+
+def say_differences(model: Classes, data: Classes, found: Sequence[int]) -> None:
+    """Warn of classes that are joined by name although the tables differ."""
+    unknown = [None] * len(found)
+    rows = zip(found, data.names, data.ids or unknown, strict=True)
+    told = [
+        f"{name!r} {number} is {model.names[k]!r} {(model.ids or found)[k]} of the model"
+        for k, name, number in rows
+        if (model.ids and data.ids and model.ids[k] != number)
+        or str(model.names[k]) != str(name)
+    ]
+    if told:
+        more = f" and {len(told) - 3} more" if len(told) > 3 else ""
+        warnings.warn(
+            "classes of data and model differ and are joined by name:"
+            f" {printable('; '.join(told[:3]))}{more}",
+            stacklevel=4,
+        )

@@ -116,6 +116,7 @@ Width = Annotated[int, Within(1, 2**16)]  # channels, heads
 
 # %% ../nbs/80_config.ipynb #8f4b5704
 Pixels = Annotated[int, Within(1, 2**16)]
+FrameSide = Annotated[int, Within(1, 2**13)]  # to which a picture is resized
 Layers = Annotated[int, Within(0, 100)]
 Depth = Annotated[int, Within(1, 100)]  # layers, of which there must be one
 QueryCount = Annotated[int, Within(1, 10**5)]
@@ -125,6 +126,7 @@ Share = Annotated[Number, Within(0, 1)]
 Fraction = Annotated[Number, Within(0, 1, below=True)]
 Scale = Annotated[Number, Within(0, 1, above=True)]
 Rate = Annotated[Number, Within(0, 1000)]  # learning rates and the like
+PositiveRate = Annotated[Number, Within(0, 1000, above=True)]
 Weight = Annotated[Number, Within(0, 10**6)]
 PositiveWeight = Annotated[Number, Within(0, 10**6, above=True)]
 Positive = Annotated[Number, Within(0, 10**12, above=True)]
@@ -149,7 +151,7 @@ Names = Annotated[tuple[Text, ...], Limits(max_length=10**6)]  # of classes
 CategoryId = Annotated[int, Within(-(2**63), 2**63 - 1)]
 CategoryIds = Annotated[tuple[CategoryId, ...], Limits(max_length=10**6)]
 Stages = Annotated[tuple[Width, ...], Limits(min_length=1, max_length=32)]
-Sides = Annotated[tuple[Pixels, ...], Limits(min_length=1, max_length=1000)]
+Sides = Annotated[tuple[FrameSide, ...], Limits(min_length=1, max_length=1000)]
 
 # %% ../nbs/80_config.ipynb #80c0000f
 class ConfigError(ValueError):
@@ -723,9 +725,12 @@ def flags_of(
         name, base = f"{before}{part.name}", config_base(hints[part.name])
         default = default_of(part)
         shown = type(default).__name__ if isinstance(default, Config) else default
-        usual = "" if default in (MISSING, None, ()) else f" ({shown})"
-        yield Flag(name, hints[part.name], told.get(part.name, "") + usual)
-        for inner in kinds_below(base) if base else ():
+        usual = "" if default in (MISSING, None, "", ()) else f" (default: {shown})"
+        inside = kinds_below(base) if base else []
+        kinds = ", ".join(inner.__name__ for inner in inside)
+        one_of = f" One of {kinds}." if len(inside) > 1 else ""
+        yield Flag(name, hints[part.name], told.get(part.name, "") + one_of + usual)
+        for inner in inside:
             if inner not in above:
                 yield from flags_of(inner, f"{name}.", (*above, kind, inner))
 
@@ -757,8 +762,12 @@ def options_parser(
 
     `free` gives the fields that take words without a flag, and how many: "*" or "?".
     """
+    words = [
+        f"[{name} ...]" if many == "*" else f"[{name}]" for name, many in free.items()
+    ]
     parser = OptionsParser(
         prog=prog,
+        usage=" ".join(("%(prog)s [options]", *words)),
         description=(kind.__doc__ or "").split("Args:")[0],
         allow_abbrev=False,
         argument_default=SUPPRESS,

@@ -8,11 +8,11 @@ __all__ = ['apply_transform', 'train_transform', 'eval_transform', 'pad_images',
 
 # %% ../nbs/05_data.ipynb #258ce4d8
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Shaped, UInt8
@@ -22,7 +22,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from .boxes import cxcywh_to_xyxy, scale_boxes, xyxy_to_cxcywh
-from .checks import TOLERANCE
+from .checks import TOLERANCE, check_pixels
+from .config import Config, FrameSide, Within
 from .notation import Number, Target, forward_names
 
 # %% ../nbs/05_data.ipynb #a93b2816
@@ -86,13 +87,16 @@ def fitted_size(
     size: tuple[int, int], short_side: int, longest: Number = math.inf
 ) -> tuple[int, int]:
     """(height, width) after a resize of the short side, to less if the long side would
-    exceed its limit."""
+    exceed its limit; no side vanishes."""
     short, long = min(size), max(size)
     if long / short * short_side > longest:
         short_side = round(longest * short / long)
+    if short_side < 1:  # a line: it keeps its length
+        return tuple(1 if side == short else int(longest) for side in size)
     height, width = (
         short_side if side == short else int(short_side * side / short) for side in size
     )
+    check_pixels((width, height), f"a picture of {size[1]} x {size[0]}, resized,")
     return height, width
 
 # %% ../nbs/05_data.ipynb #c5bdd6e7
@@ -298,9 +302,13 @@ def denormalise(
         .byte()
     )
 
+# %% ../nbs/05_data.ipynb #38fd24a4
+Colour = Annotated[Number, Within(-256, 256)]
+Deviation = Annotated[Number, Within(0, 256, above=True)]
+
 # %% ../nbs/05_data.ipynb #5c0ffee1
 @dataclass(frozen=True)
-class Preprocess:
+class Preprocess(Config):
     """What is done to a picture before a model sees it; saved with the model, whose
     weights fit no other way.
 
@@ -313,33 +321,15 @@ class Preprocess:
             `in_memory`: for models that have seen one frame only. None keeps the shape.
 
     Raises:
-        ValueError: if a side is shorter than a pixel, or a deviation is not positive.
+        ConfigError: if a side is shorter than a pixel or too long, or a deviation is
+            not positive.
     """
 
-    short_side: int = 800
-    longest: int = 1333
-    mean: tuple[Number, Number, Number] = IMAGENET_MEAN
-    std: tuple[Number, Number, Number] = IMAGENET_STD
-    size: tuple[int, int] | None = None
-
-    def __post_init__(self) -> None:
-        if min(self.short_side, self.longest, *(self.size or ())) < 1:
-            raise ValueError(f"{self}: a side must be at least one pixel long")
-        if not (len(self.mean) == len(self.std) == 3 and min(self.std) > 0):
-            raise ValueError(
-                f"{self}: give three means, and three deviations above zero"
-            )
-
-    @classmethod
-    def read(cls, told: Mapping[str, object]) -> "Preprocess":
-        """The rule that `dataclasses.asdict` made plain values of, with lists for
-        tuples if JSON was on the way."""
-        return cls(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in told.items()
-            }
-        )
+    short_side: FrameSide = 800
+    longest: Annotated[int, Within(1, 2**20)] = 1333
+    mean: tuple[Colour, Colour, Colour] = IMAGENET_MEAN
+    std: tuple[Deviation, Deviation, Deviation] = IMAGENET_STD
+    size: tuple[FrameSide, FrameSide] | None = None
 
     def resize(self) -> v2.Transform:
         """The part that changes sizes."""
@@ -399,6 +389,23 @@ class Batch(NamedTuple):
             for some, pad, views in rows
         ]
 
+# %% ../nbs/05_data.ipynb #2a35ca5f
+def check_sample(sample: object, name: str) -> None:
+    """Refuse what is no pair of a byte image and its target."""
+    pair = isinstance(sample, tuple | list) and len(sample) == 2
+    image = sample[0] if pair else sample
+    if not pair or not isinstance(image, Tensor) or not isinstance(sample[1], dict):
+        kinds = [type(part).__name__ for part in (sample if pair else [sample])]
+        raise ValueError(
+            f"{name} is {', '.join(kinds)}: give pairs of a uint8 image (3, y, x) and"
+            " its target"
+        )
+    if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
+        raise ValueError(
+            f"{name}: the image is {image.dtype} of shape {tuple(image.shape)}: give"
+            " bytes (torch.uint8) of three colours, (3, y, x)"
+        )
+
 # %% ../nbs/05_data.ipynb #42be6a53
 def collate(
     samples: Sequence[tuple[UInt8[Tensor, "3 _ _"], Target]],
@@ -411,7 +418,12 @@ def collate(
         samples: byte images of any size with their targets.
         mean: mean of each colour, from 0 to 1.
         std: standard deviation of each colour, same unit.
+
+    Raises:
+        ValueError: if there is no sample, or one is no pair of an image and its target.
     """
+    for place, sample in enumerate(samples):
+        check_sample(sample, f"sample {place} of the batch")
     images, pad = pad_images(
         [image for image, _ in samples],
         lambda place, image: normalise(image, mean, std, place),

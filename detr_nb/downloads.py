@@ -7,16 +7,20 @@ __all__ = ['DownloadError', 'download_coco', 'download_bccd']
 
 # %% ../nbs/92_downloads.ipynb #e5758e21
 import hashlib
+import time
 import zipfile
-from collections.abc import Iterable
-from http.client import HTTPException, HTTPResponse
-from pathlib import Path
-from shutil import disk_usage
-from typing import NamedTuple
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from http.client import HTTPException, HTTPMessage, HTTPResponse
+from pathlib import Path, PurePosixPath
+from shutil import copyfileobj, disk_usage
+from typing import IO, NamedTuple
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from tqdm import tqdm
+
+from .files import locked, replacing
 
 # %% ../nbs/92_downloads.ipynb #1e6c7638
 class Archive(NamedTuple):
@@ -102,27 +106,83 @@ def in_words(size: int) -> str:
 class DownloadError(OSError):
     """A file that did not come, or not the right one."""
 
+# %% ../nbs/92_downloads.ipynb #92fa0002
+class WrongContent(DownloadError):
+    """All bytes came, and they are others."""
+
 # %% ../nbs/92_downloads.ipynb #87c63779
+SILENCE, SLOWEST = 60, 50_000  # seconds without a byte; bytes a second in the long run
+
+
 def received(part: Path, archive: Archive) -> int:
     """How many bytes are there to go on from."""
     have = part.stat().st_size if part.exists() else 0
     return have if have <= archive.size else 0
 
 
+class WebOnly(HTTPRedirectHandler):
+    """Follows a server to other web addresses and to nothing else, such as a file."""
+
+    def redirect_request(
+        self,
+        req: Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: HTTPMessage,
+        newurl: str,
+    ) -> Request | None:
+        """Refuse other kinds of address."""
+        check_address(newurl)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def check_address(address: str) -> None:
+    """Refuse an address that is not one of the web."""
+    if not address.lower().startswith(("http://", "https://")):
+        raise DownloadError(f"it leads to {address[:100]!r}, which is no web address")
+
+# %% ../nbs/92_downloads.ipynb #92fa0001
 def open_from(address: str, start: int) -> HTTPResponse:
     """Ask for a file, from a byte on."""
+    check_address(address)
     headers = {"User-Agent": "detr_nb"} | (
         {"Range": f"bytes={start}-"} if start else {}
     )
     try:
-        return urlopen(Request(address, headers=headers), timeout=60)
+        request = Request(address, headers=headers)
+        return build_opener(WebOnly).open(request, timeout=SILENCE)
     except HTTPError as error:
         error.close()  # else it keeps the connection
         raise DownloadError(
             f"the server answers {error.code}, {error.reason}"
         ) from None
+    except ValueError as error:
+        raise DownloadError(f"its answer makes no sense ({error})") from error
+
+
+def offered_size(reply: HTTPResponse, start: int, archive: Archive) -> int:
+    """How many bytes the whole file has as the server says; what we know if it does
+    not say."""
+    said = reply.headers["Content-Length"]
+    if said is None:
+        return archive.size
+    if not said.strip().isdecimal():
+        raise DownloadError(f"it says that the file has {said[:40]!r} bytes")
+    return start + int(said)
 
 # %% ../nbs/92_downloads.ipynb #90338548
+def blocks(reply: HTTPResponse, size: int) -> Iterator[bytes]:
+    """What a server sends; no more than the size, and not slower than people wait."""
+    left, end = size, time.monotonic() + SILENCE + size / SLOWEST
+    while block := reply.read1(1 << 20):
+        if (left := left - len(block)) < 0:
+            raise DownloadError(f"it sends more than {size} bytes")
+        if time.monotonic() > end:
+            raise DownloadError(f"it is slower than {in_words(SLOWEST)} a second")
+        yield block
+
+
 def transfer(address: str, part: Path, archive: Archive, quiet: bool) -> None:
     """One attempt: append to `part` what is missing."""
     have = received(part, archive)
@@ -130,8 +190,7 @@ def transfer(address: str, part: Path, archive: Archive, quiet: bool) -> None:
         return
     with open_from(address, have) as reply:
         start = have if reply.status == 206 else 0
-        offered = start + int(reply.headers["Content-Length"] or archive.size - start)
-        if offered != archive.size:
+        if (offered := offered_size(reply, start, archive)) != archive.size:
             raise DownloadError(f"it offers {offered} bytes instead of {archive.size}")
         bar = tqdm(
             total=archive.size,
@@ -142,7 +201,7 @@ def transfer(address: str, part: Path, archive: Archive, quiet: bool) -> None:
             disable=quiet,
         )
         with part.open("ab" if start else "wb") as file, bar:
-            while block := reply.read(1 << 20):
+            for block in blocks(reply, archive.size - start):
                 bar.update(file.write(block))
     if (have := part.stat().st_size) != archive.size:
         raise DownloadError(f"it broke off after {have} of {archive.size} bytes")
@@ -153,13 +212,13 @@ def check_hash(file: Path, archive: Archive) -> None:
     with file.open("rb") as content:
         found = hashlib.file_digest(content, "sha256").hexdigest()
     if found != archive.sha256:
-        raise DownloadError(
+        raise WrongContent(
             f"{file.name} has the wrong content: its sha256 is {found} instead of"
             f" {archive.sha256}"
         )
 
 
-def by_hand(archive: Archive, place: Path, failures: dict[str, Exception]) -> str:
+def by_hand(archive: Archive, place: Path, failures: Mapping[str, Exception]) -> str:
     """What to do when no mirror gave a file."""
     reasons = "".join(
         f"\n  {address}: {type(error).__name__}: {error}"
@@ -174,52 +233,124 @@ def by_hand(archive: Archive, place: Path, failures: dict[str, Exception]) -> st
 # %% ../nbs/92_downloads.ipynb #bdf8bc7f
 def fetch(archive: Archive, folder: Path | str, quiet: bool = False) -> Path:
     """Download a file, or what is missing of it, and check it; if it is there already,
-    only check it."""
-    place, failures = Path(folder) / archive.name, {}
+    only check it. Two programs take turns."""
+    place = Path(folder) / archive.name
     place.parent.mkdir(parents=True, exist_ok=True)
-    if place.exists():
-        check_hash(place, archive)
-        return place
     part = place.with_name(f"{archive.name}.part")
+    with locked(part, "a download", wait=SILENCE + archive.size / SLOWEST):
+        if place.exists():
+            check_hash(place, archive)
+        else:
+            fetch_part(archive, place, part, quiet)
+    return place
+
+
+def fetch_part(archive: Archive, place: Path, part: Path, quiet: bool) -> None:
+    """Download what is missing of a file from the first mirror that has it."""
+    failures = {}
     for address in archive.mirrors:
         try:
             transfer(address, part, archive, quiet)
-        except (OSError, HTTPException) as error:
-            failures[address] = error
-            continue
-        try:
             check_hash(part, archive)
-            return part.rename(place)
-        except DownloadError as error:
+            part.rename(place)
+            return
+        except WrongContent as error:
             failures[address] = error
             part.unlink()
+        except (OSError, HTTPException) as error:
+            failures[address] = error
     raise DownloadError(by_hand(archive, place, failures))
 
 # %% ../nbs/92_downloads.ipynb #02a5a696
+def member_place(name: str, folder: Path) -> Path:
+    """Where a member goes; refuses a way out of the folder, and one through a link."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    place = folder.joinpath(*parts)
+    if ".." in parts or not place.is_relative_to(folder) or not parts:
+        raise DownloadError(f"its member {name[:100]!r} would lie outside of {folder}")
+    for above in place.parents[: len(parts) - 1]:
+        if above.is_symlink():
+            raise DownloadError(
+                f"{above} is a link: nothing is written to where it leads; remove it,"
+                " or choose another folder"
+            )
+    return place
+
+
+def members(archive: zipfile.ZipFile, file: Path) -> list[zipfile.ZipInfo]:
+    """The files of an archive, if they are as many and as large as is credible."""
+    found = [member for member in archive.infolist() if not member.is_dir()]
+    size, whole = sum(member.file_size for member in found), file.stat().st_size
+    if size > 100 * whole + 1_000_000 or len(found) > 1_000_000:
+        raise DownloadError(
+            f"it claims {len(found)} files of {in_words(size)} in {in_words(whole)}"
+        )
+    return found
+
+
+def is_whole(member: zipfile.ZipInfo, place: Path) -> bool:
+    """Whether a member has been unpacked."""
+    return place.is_file() and place.stat().st_size == member.file_size
+
+# %% ../nbs/92_downloads.ipynb #92fa0003
+BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+
+
 def is_there(archive: Archive, folder: Path) -> bool:
-    """Whether all files of an archive have been unpacked."""
-    inside = folder / archive.holds
-    return inside.is_dir() and sum(1 for _ in inside.iterdir()) >= archive.files
+    """Whether all files of an archive have been unpacked; their sizes are compared as
+    long as the zip file is there too."""
+    inside, file = folder / archive.holds, folder / archive.name
+    if not inside.is_dir():
+        return False
+    names = [path.name for path in inside.iterdir()]
+    if sum(not name.startswith(".") for name in names) < archive.files:
+        return False
+    try:
+        with zipfile.ZipFile(file) as content:
+            return all(
+                is_whole(member, member_place(member.filename, folder))
+                for member in members(content, file)
+            )
+    except (OSError, *BROKEN):
+        return not file.exists()
 
 
 def unpack(file: Path, folder: Path, quiet: bool) -> None:
     """Unpack what is not there yet; each member is checked by the sum that the zip file
     holds."""
-    with zipfile.ZipFile(file) as archive:
-        for member in tqdm(
-            archive.infolist(), f"unpacking {file.name}", unit="files", disable=quiet
-        ):
-            place = folder / member.filename
-            if not (place.is_file() and place.stat().st_size == member.file_size):
-                archive.extract(member, folder)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            bar = {"unit": "files", "disable": quiet}
+            found = members(archive, file)
+            for member in tqdm(found, f"unpacking {file.name}", **bar):
+                place = member_place(member.filename, folder)
+                if not is_whole(member, place):
+                    with archive.open(member) as source:
+                        with replacing(place, "wb", durable=False) as target:
+                            copyfileobj(source, target, 1 << 20)
+    except (DownloadError, *BROKEN) as error:
+        raise DownloadError(
+            f"{file} cannot be unpacked: {error}. If it is damaged, delete it and call"
+            " again"
+        ) from error
+
+# %% ../nbs/92_downloads.ipynb #92fa0004
+def made_folder(folder: Path | str) -> Path:
+    """The folder by its whole name, made if it is missing."""
+    if not str(folder):
+        raise ValueError("folder: is empty: name one, or '.' for the one you are in")
+    folder = Path(folder).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise DownloadError(f"{folder} is a file: name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 # %% ../nbs/92_downloads.ipynb #35619ece
 def download(
     archives: Iterable[Archive], folder: Path | str, quiet: bool = False
 ) -> Path:
     """Fetch and unpack what is missing, after saying how much it is."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = made_folder(folder)
     missing = [archive for archive in archives if not is_there(archive, folder)]
     sizes = ", ".join(f"{a.name} {in_words(a.size)}" for a in missing)
     need = sum(2 * a.size for a in missing)
@@ -234,7 +365,9 @@ def download(
             f" {in_words(free)} are free: make room, or choose another folder"
         )
     for archive in missing:
-        unpack(fetch(archive, folder, quiet), folder, quiet)
+        file = fetch(archive, folder, quiet)
+        with locked(file, "a folder to unpack to", wait=3600):
+            unpack(file, folder, quiet)
         if not is_there(archive, folder):
             raise DownloadError(
                 f"{folder / archive.holds} should hold {archive.files} files after"
@@ -260,7 +393,8 @@ def download_coco(
         ValueError: if there is no such part.
         DownloadError: see `download`.
     """
-    parts = list(parts)
+    if isinstance(parts, str) or not (parts := list(parts)):
+        raise ValueError(f"parts: is {parts!r}: give a list, such as ['val']")
     if unknown := set(parts) - set(COCO_2017):
         raise ValueError(
             f"parts: COCO 2017 has no {sorted(unknown)}: choose of {list(COCO_2017)}"

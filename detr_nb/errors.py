@@ -12,10 +12,12 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
+from .config import Amount, ClassCount, Share, checked_arguments
 from detr_nb.evaluation import (
     Detections,
     ImageMatches,
     average_precision,
+    check_pairs,
     evaluate_detections,
     match,
     match_image,
@@ -23,12 +25,22 @@ from detr_nb.evaluation import (
 )
 from .notation import Number, Target
 
+# %% ../nbs/19_errors.ipynb #1ae335ca
+def check_detections(
+    targets: Sequence[Target], detections: Sequence[Detections], classes: int = 10**6
+) -> None:
+    """Refuse detections that cannot belong to the targets, and an empty list of both."""
+    if not targets:
+        raise ValueError("targets are an empty list: give those of at least one image")
+    check_pairs(targets, detections, classes)
+
 # %% ../nbs/19_errors.ipynb #46dc1436
+@checked_arguments
 def pr_curve(
     targets: Sequence[Target],
     detections: Sequence[Detections],
-    label: int,
-    threshold: Number = 0.5,
+    label: Amount,
+    threshold: Share = 0.5,
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """Precision, recall and score after each detection of one class.
 
@@ -39,8 +51,10 @@ def pr_curve(
         threshold: smallest IoU of a right detection.
 
     Raises:
-        ValueError: if no target has the class.
+        ValueError: if no target has the class, or targets and detections do not belong
+            together.
     """
+    check_detections(targets, detections)
     judged = evaluate_detections(targets, detections, np.array([float(threshold)]))
     if not (count := int((judged.truth == label).sum())):
         raise ValueError(
@@ -51,12 +65,13 @@ def pr_curve(
     return *precision_recall(judged.correct[0, chosen], count), judged.scores[chosen]
 
 # %% ../nbs/19_errors.ipynb #220b5d0a
+@checked_arguments
 def confusion_matrix(
     targets: Sequence[Target],
     detections: Sequence[Detections],
-    classes: int,
-    threshold: Number = 0.5,
-    min_score: Number = 0.5,
+    classes: ClassCount,
+    threshold: Share = 0.5,
+    min_score: Share = 0.5,
 ) -> Int[np.ndarray, "c c"]:
     """How often each class was taken for each other.
 
@@ -71,6 +86,7 @@ def confusion_matrix(
         Rows: true class, the last is "nothing there". Columns: predicted class, the
             last is "not found".
     """
+    check_detections(targets, detections, classes)
     matrix = np.zeros((classes + 1, classes + 1), int)
     for seen in map(match_image, targets, detections):
         shown = seen.scores >= min_score
@@ -139,6 +155,7 @@ def error_table(
     min_score: Number,
 ) -> ErrorTable:
     """Sort the detections of a dataset into kinds."""
+    check_detections(targets, detections)
     rows, first = [], 0
     for seen in map(match_image, targets, detections):
         shown = seen.scores >= min_score
@@ -163,12 +180,13 @@ def error_table(
     return ErrorTable(labels[order], kind[order], about[order], truth)
 
 # %% ../nbs/19_errors.ipynb #a536b5f1
+@checked_arguments
 def error_breakdown(
     targets: Sequence[Target],
     detections: Sequence[Detections],
-    threshold: Number = 0.5,
-    background: Number = 0.1,
-    min_score: Number = 0.5,
+    threshold: Share = 0.5,
+    background: Share = 0.1,
+    min_score: Share = 0.5,
 ) -> dict[str, int]:
     """How many detections are correct, and how many errors there are of each kind.
 
@@ -230,11 +248,12 @@ def table_ap(table: ErrorTable) -> float:
     )
 
 # %% ../nbs/19_errors.ipynb #136012da
+@checked_arguments
 def error_gains(
     targets: Sequence[Target],
     detections: Sequence[Detections],
-    threshold: Number = 0.5,
-    background: Number = 0.1,
+    threshold: Share = 0.5,
+    background: Share = 0.1,
 ) -> dict[str, float]:
     """How much AP at one IoU threshold would rise if all errors of a kind were mended;
     all detections are looked at.

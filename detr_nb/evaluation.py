@@ -32,8 +32,9 @@ from detr_nb.boxes import (
     scale_boxes,
     xyxy_to_xywh,
 )
+from .checks import Classes, join_classes
 from .data import Batch, collate
-from .model import postprocess
+from .model import plain_sizes, postprocess
 from .notation import Target, forward_names
 
 # %% ../nbs/11_evaluation.ipynb #086287c3
@@ -98,8 +99,8 @@ def image_size(target: Target) -> tuple[int, int]:
             f"the target of image {name} has no size, so its boxes cannot be measured"
             " in pixels: add size=(height, width)"
         )
-    height, width = target["size"]
-    return int(height), int(width)
+    height, width = plain_sizes([target["size"]])[0]
+    return height, width
 
 # %% ../nbs/11_evaluation.ipynb #8ccad0dc
 def boxes_in_pixels(target: Target) -> Float[Tensor, "t 4"]:
@@ -402,6 +403,47 @@ def check_labels(
             " ids first"
         )
 
+# %% ../nbs/11_evaluation.ipynb #21ad9d2d
+ROWS = {"boxes": 4, "scores": None, "area": None, "crowd": None}  # numbers a row
+
+
+def fits_rows(value: object, count: int, numbers: int | None) -> bool:
+    """Whether it is a tensor with so many rows of real numbers."""
+    shape = (count,) if numbers is None else (count, numbers)
+    return isinstance(value, Tensor) and value.shape == shape and not value.is_complex()
+
+
+def check_columns(image: object, kind: str, row: dict, needed: Sequence[str]) -> None:
+    """Refuse a target or detections whose columns are missing or of other lengths."""
+    labels = row.get("labels")
+    whole = isinstance(labels, Tensor) and labels.dtype in WHOLE_NUMBERS
+    wrong = [] if whole and labels.ndim == 1 else ["labels"]
+    for name in () if wrong else (*needed, *(ROWS.keys() & row.keys() - {*needed})):
+        if not fits_rows(row.get(name), len(labels), ROWS[name]):
+            wrong.append(name)
+    if wrong:
+        value = row.get(wrong[0])
+        shown = (
+            (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else value
+        )
+        raise ValueError(
+            f"image {image}: {kind} {wrong[0]} are {shown}: give tensors, whole labels"
+            " (n,), boxes (n, 4) and one score, area and crowd for each of them"
+        )
+
+# %% ../nbs/11_evaluation.ipynb #979f5835
+WHOLE_NUMBERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_classes(names: Sequence[str], category_ids: Sequence[int]) -> None:
+    """Refuse a table in which a class has no id, or two have one name or one id."""
+    for what, values in (("names", list(names)), ("category_ids", list(category_ids))):
+        if len(set(values)) < len(values) or len(values) != len(names):
+            raise ValueError(
+                f"{what} are {values} for {len(names)} classes: give each class one"
+                " name and one id, different from the others'"
+            )
+
 # %% ../nbs/11_evaluation.ipynb #509eed1f
 def check_pairs(
     targets: Sequence[Target], detections: Sequence[Detections], classes: int
@@ -419,6 +461,8 @@ def check_pairs(
                 f"entry {place} pairs the target of image {image} with detections of"
                 f" image {found['image_id']}: keep one order"
             )
+        check_columns(image, "target", target, ("boxes",))
+        check_columns(image, "detection", found, ("boxes", "scores"))
         if not (found["scores"].isfinite().all() and found["boxes"].isfinite().all()):
             raise ValueError(
                 f"detections of image {image} are not finite: the model's weights are"
@@ -458,9 +502,10 @@ def coco_evaluate(
         size or a class that is absent) is NaN, not 0.
 
     Raises:
-        ValueError: if targets and detections do not belong together, or a score or box
-            is not finite.
+        ValueError: if targets and detections do not belong together, names and ids do
+            not, or a score or box is not finite.
     """
+    check_classes(names, category_ids)
     targets, detections = (
         [on_cpu(target) for target in targets],
         [on_cpu(found) for found in detections],
@@ -529,10 +574,16 @@ def detect(model: nn.Module, batch: Batch, to_detections: Detect) -> list[Detect
     ]
 
 # %% ../nbs/11_evaluation.ipynb #0c2ea259
-def with_size(
-    image: Shaped[Tensor, "3 y x"], target: Target
+def checked_sample(
+    dataset: object, place: int, normalised: bool
 ) -> tuple[Shaped[Tensor, "3 y x"], Target]:
-    """The sample; a target that has no size has that of its image."""
+    """A sample of a dataset; a target that has no size has that of its image."""
+    image, target = dataset[place]
+    if normalised and image.dtype != torch.uint8:
+        raise ValueError(
+            f"dataset[{place}] gives an image of {image.dtype}: give colours from 0 to"
+            " 255 as torch.uint8, which are normalised here; or pass your own collate"
+        )
     return image, {"size": tuple(image.shape[-2:]), **target}
 
 # %% ../nbs/11_evaluation.ipynb #21811391
@@ -547,16 +598,21 @@ def predict_with_truth(
     """Give truth and detections of every image of a dataset, or of some, under the
     dataset's labels."""
     to_detections = to_detections or way_out(model)
-    source = getattr(model, "category_ids", None)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: give at least one image")
+    joined = join_classes(Classes.of(model), goal := Classes.of(dataset))
     make_batch = collate or batch_maker(model)
     places = range(len(dataset)) if places is None else places
     for start in range(0, len(places), batch_size):
         chosen = places[start : start + batch_size]
-        batch = make_batch([with_size(*dataset[i]) for i in chosen])
+        batch = make_batch(
+            [checked_sample(dataset, i, collate is None) for i in chosen]
+        )
         with evaluation_mode(model):
             rows = detect(model, batch, to_detections)
         for place, target, row in zip(chosen, batch.targets, rows, strict=True):
-            row = row if source is None else relabel(row, source, dataset.category_ids)
+            if joined is not None:
+                row = relabel(row, joined, range(len(goal.names or goal.ids)))
             yield target, {**row, "image_id": target.get("image_id", place)}
 
 # %% ../nbs/11_evaluation.ipynb #17fb411f
@@ -570,8 +626,9 @@ def predict(
     """Detections of every image of a dataset, under the dataset's own labels.
 
     Args:
-        model: maps `(images, pad)` to an `Output`. If it has `category_ids`, the raw id
-            of each of its labels, its labels are translated to the dataset's.
+        model: maps `(images, pad)` to an `Output`. If it has `names` or
+            `category_ids`, the name and the raw id of each of its labels, its labels
+            are translated to the dataset's.
         dataset: `dataset[i]` gives a uint8 image of the size that the model shall see,
             and a `Target`; has `category_ids`.
         batch_size: images a forward pass.

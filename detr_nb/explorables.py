@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
 import base64
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
 import matplotlib.pyplot as plt
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from .attention import attention_weights
+from .config import SHORT
 from .evaluation import evaluation_mode
 from .insight import attention_maps, matched_queries
 from .notation import Target, forward_names, toy_image
@@ -66,7 +67,24 @@ def joined(name: str) -> str:
 class Explorable(anywidget.AnyWidget):
     """A figure that answers, and a still picture for where no script runs."""
 
+    # ipywidgets 7, which Colab has, would show the figure without its still picture
+    _ipython_display_ = None
     _css = (files("detr_nb") / "static" / "explorables.css").read_text("utf8")
+
+    def __init__(self, **values: object):
+        if unknown := values.keys() - set(self.trait_names()):
+            raise ValueError(f"{type(self).__name__} has no {sorted(unknown)}")
+        super().__init__(**values)
+        for name, fits in self.rules().items():
+            if not fits:
+                raise ValueError(
+                    f"{type(self).__name__}.{name} is {SHORT.repr(getattr(self, name))},"
+                    " which does not fit the rest of the figure"
+                )
+
+    def rules(self) -> dict[str, bool]:
+        """By the name of a value: whether it fits the others."""
+        return {}
 
     def draw(self) -> None:
         """Draw the still picture with matplotlib."""
@@ -93,6 +111,23 @@ class Explorable(anywidget.AnyWidget):
         }
         return data | picture, metadata | {"image/png": {"alt": self.in_words()}}
 
+# %% ../nbs/91_explorables.ipynb #02f9ed86
+def box_trait(*box: float) -> traitlets.List:
+    """A normalised cxcywh box that a page shares."""
+    side = traitlets.Float(min=0, max=1)
+    return traitlets.List(side, list(box), minlen=4, maxlen=4).tag(sync=True)
+
+
+def pair_trait(row: int, column: int) -> traitlets.List:
+    """Row and column of a cell that a page shares."""
+    place = traitlets.Int(min=0)
+    return traitlets.List(place, [row, column], minlen=2, maxlen=2).tag(sync=True)
+
+
+def is_inside(cell: Sequence[int], rows: int, columns: int) -> bool:
+    """Whether a grid has the cell."""
+    return cell[0] < rows and cell[1] < columns
+
 # %% ../nbs/91_explorables.ipynb #b2af22e4
 class TwoBoxes(Explorable):
     """Drag two boxes and see IoU, GIoU and L1 with their slopes (chapter 03).
@@ -104,10 +139,8 @@ class TwoBoxes(Explorable):
     """
 
     _esm = joined("two_boxes")
-    prediction = traitlets.List(traitlets.Float(), [0.38, 0.42, 0.34, 0.34]).tag(
-        sync=True
-    )
-    target = traitlets.List(traitlets.Float(), [0.6, 0.58, 0.36, 0.42]).tag(sync=True)
+    prediction = box_trait(0.38, 0.42, 0.34, 0.34)
+    target = box_trait(0.6, 0.58, 0.36, 0.42)
     loss = traitlets.Enum(["iou", "giou", "l1"], "giou").tag(sync=True)
 
     def draw(self) -> None:
@@ -121,6 +154,15 @@ class TwoBoxes(Explorable):
     def in_words(self) -> str:
         """What the still picture shows."""
         return "An explorable figure: a predicted box and a true box in an image."
+
+# %% ../nbs/91_explorables.ipynb #268507a7
+def is_box(box: object) -> bool:
+    """Whether it is a list of four shares."""
+    return (
+        isinstance(box, list | tuple)
+        and len(box) == 4
+        and all(isinstance(side, int | float) and 0 <= side <= 1 for side in box)
+    )
 
 # %% ../nbs/91_explorables.ipynb #272a9024
 class Matching(Explorable):
@@ -157,10 +199,24 @@ class Matching(Explorable):
             {"box": [0.54, 0.80, 0.40, 0.26], "label": 1},
         ],
     ).tag(sync=True)
-    class_weight = traitlets.Float(1.0).tag(sync=True)
-    l1_weight = traitlets.Float(5.0).tag(sync=True)
-    giou_weight = traitlets.Float(2.0).tag(sync=True)
+    class_weight = traitlets.Float(1.0, min=0, max=1000).tag(sync=True)
+    l1_weight = traitlets.Float(5.0, min=0, max=1000).tag(sync=True)
+    giou_weight = traitlets.Float(2.0, min=0, max=1000).tag(sync=True)
     show = traitlets.Enum(["best", "greedy", "both"], "both").tag(sync=True)
+
+    def rules(self) -> dict[str, bool]:
+        """Every target has a class, every prediction a probability of each."""
+        count = len(self.names)
+        return {
+            "targets": all(
+                is_box(one.get("box")) and one.get("label") in range(count)
+                for one in self.targets
+            ),
+            "predictions": all(
+                is_box(one.get("box")) and len(one.get("probabilities", ())) == count
+                for one in self.predictions
+            ),
+        }
 
     def draw(self) -> None:
         """Draw all boxes."""
@@ -193,11 +249,15 @@ class Positions(Explorable):
     """
 
     _esm = joined("addressing")
-    rows = traitlets.Int(12).tag(sync=True)
-    columns = traitlets.Int(16).tag(sync=True)
-    cell = traitlets.List(traitlets.Int(), [4, 6]).tag(sync=True)
-    temperature = traitlets.Float(20.0).tag(sync=True)
-    width = traitlets.Int(128).tag(sync=True)
+    rows = traitlets.Int(12, min=1, max=64).tag(sync=True)
+    columns = traitlets.Int(16, min=1, max=64).tag(sync=True)
+    cell = pair_trait(4, 6)
+    temperature = traitlets.Float(20.0, min=1, max=1e6).tag(sync=True)
+    width = traitlets.Enum([8, 16, 32, 64, 128, 256], 128).tag(sync=True)
+
+    def rules(self) -> dict[str, bool]:
+        """The cell lies in the grid."""
+        return {"cell": is_inside(self.cell, self.rows, self.columns)}
 
     def draw(self) -> None:
         """Draw the similarity of all cells with the chosen one."""
@@ -280,11 +340,22 @@ class Layers(Explorable):
     _esm = joined("layers")
     scenes = traitlets.List(traitlets.Dict()).tag(sync=True)
     names = traitlets.List(traitlets.Unicode()).tag(sync=True)
-    scene = traitlets.Int(0).tag(sync=True)
-    layer = traitlets.Int(1).tag(sync=True)
-    threshold = traitlets.Float(0.5).tag(sync=True)
+    scene = traitlets.Int(0, min=0).tag(sync=True)
+    layer = traitlets.Int(1, min=1).tag(sync=True)
+    threshold = traitlets.Float(0.5, min=0, max=1).tag(sync=True)
     nms = traitlets.Bool(False).tag(sync=True)
     truth = traitlets.Bool(False).tag(sync=True)
+
+    def rules(self) -> dict[str, bool]:
+        """There are scenes, and the chosen one has the chosen layer."""
+        whole = [{"image", "layers", "targets"} <= one.keys() for one in self.scenes]
+        known = bool(whole) and all(whole)
+        chosen = known and self.scene < len(self.scenes)
+        return {
+            "scenes": known,
+            "scene": chosen,
+            "layer": chosen and self.layer <= len(self.scenes[self.scene]["layers"]),
+        }
 
     def draw(self) -> None:
         """Draw the boxes of the first and of the last layer."""
@@ -339,9 +410,9 @@ class Attention(Explorable):
     _esm = joined("attending")
     picture = traitlets.List().tag(sync=True)
     features = traitlets.List().tag(sync=True)
-    query = traitlets.List(traitlets.Int(), [2, 1]).tag(sync=True)
-    heads = traitlets.Int(4).tag(sync=True)
-    strength = traitlets.Float(1.5).tag(sync=True)
+    query = pair_trait(2, 1)
+    heads = traitlets.Enum([1, 2, 4, 8], 4).tag(sync=True)
+    strength = traitlets.Float(1.5, min=0, max=1000).tag(sync=True)
 
     @traitlets.default("picture")
     def _toy_picture(self) -> list:
@@ -350,6 +421,15 @@ class Attention(Explorable):
     @traitlets.default("features")
     def _toy_features(self) -> list:
         return rounded(describe_cells(toy_image()))
+
+    def rules(self) -> dict[str, bool]:
+        """Every cell of the picture has features, and the one that asks is one."""
+        columns = len(self.picture[0]) if self.picture else 0
+        cells = [len(one) for one in self.features]
+        return {
+            "features": cells == [8] * (len(self.picture) * columns),
+            "query": is_inside(self.query, len(self.picture), columns),
+        }
 
     def draw(self) -> None:
         """Draw the picture and the mean of the heads' shares."""
@@ -446,9 +526,22 @@ class AttentionView(Explorable):
     record = traitlets.Dict().tag(sync=True)
     names = traitlets.List(traitlets.Unicode()).tag(sync=True)
     mode = traitlets.Enum(["encoder", "decoder"], "decoder").tag(sync=True)
-    cell = traitlets.List(traitlets.Int(), [8, 8]).tag(sync=True)
-    object = traitlets.Int(0).tag(sync=True)
+    cell = pair_trait(8, 8)
+    object = traitlets.Int(0, min=0).tag(sync=True)
     head = traitlets.Unicode("mean").tag(sync=True)
+
+    def rules(self) -> dict[str, bool]:
+        """The record is whole, and has the chosen object, head and cell."""
+        keys = {"image", "rows", "columns", "encoder", "decoder", "objects"}
+        known = keys <= self.record.keys()
+        heads = range(len(self.record["decoder"])) if known else ()
+        return {
+            "record": known,
+            "object": known and self.object < max(len(self.record["objects"]), 1),
+            "head": self.head in ("mean", *map(str, heads)),
+            "cell": known
+            and is_inside(self.cell, self.record["rows"], self.record["columns"]),
+        }
 
     def draw(self) -> None:
         """Draw the scene with the found objects, and the gaze of one of them."""
@@ -540,9 +633,19 @@ class Film(Explorable):
     _esm = joined("filming")
     record = traitlets.Dict().tag(sync=True)
     names = traitlets.List(traitlets.Unicode()).tag(sync=True)
-    frame = traitlets.Int(0).tag(sync=True)
-    query = traitlets.Int(-1).tag(sync=True)
+    frame = traitlets.Int(0, min=0).tag(sync=True)
+    query = traitlets.Int(-1, min=-1).tag(sync=True)
     all = traitlets.Bool(True).tag(sync=True)
+
+    def rules(self) -> dict[str, bool]:
+        """The record is whole, and has the chosen frame and query."""
+        frames = self.record.get("frames") or []
+        chosen = self.frame < len(frames)
+        return {
+            "record": bool(frames) and {"image", "targets"} <= self.record.keys(),
+            "frame": chosen,
+            "query": chosen and self.query < len(frames[self.frame]["scores"]),
+        }
 
     def draw(self) -> None:
         """Draw the boxes of the matched queries before the first and after the last

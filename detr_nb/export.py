@@ -7,7 +7,9 @@ __all__ = ['export_program', 'export_onnx']
 
 # %% ../nbs/21_export.ipynb #f9d95791
 import json
+import os
 from copy import deepcopy
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -46,7 +48,11 @@ def export_program(model: nn.Module) -> "torch.export.ExportedProgram":
 
     Args:
         model: stays as it is; the graph has a copy of its weights.
+
+    Raises:
+        ValueError: if the model takes no (images, pad).
     """
+    check_detector(model)
     images = torch.zeros(2, 3, 96, 160, device=next(model.parameters()).device)
     sizes = {
         "images": {i: torch.export.Dim.DYNAMIC for i in (0, 2, 3)},
@@ -57,11 +63,38 @@ def export_program(model: nn.Module) -> "torch.export.ExportedProgram":
     type_checks.update("jaxtyping_disable", True)
     try:
         detector = LastLayer(deepcopy(model)).eval()
-        return torch.export.export(
-            detector, (images, images[:, 0] > 0), dynamic_shapes=sizes
+        program = torch.export.export(
+            detector, (images, images[:, 0] > 0), dynamic_shapes=sizes, strict=False
         )
+        # some versions keep a guard on the parity of the size, which is not needed
+        if hasattr(program, "_guards_code"):
+            program._guards_code = []
+        return program
     finally:
         type_checks.update("jaxtyping_disable", before)
+
+# %% ../nbs/21_export.ipynb #3a1b0889
+def check_detector(model: object) -> None:
+    """Refuse what does not map (images, pad) to predictions."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{type(model).__name__} is no model: give a detector")
+    taken = list(signature(model.forward).parameters)
+    if not {"images", "pad"} <= set(taken):
+        raise ValueError(
+            f"{type(model).__name__} takes ({', '.join(taken)}): give a detector that"
+            " takes (images, pad)"
+        )
+
+
+def check_place(path: str | Path) -> None:
+    """Refuse a path that no file can have."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file in it")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path} lies in no folder: make {path.parent} first")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise PermissionError(f"{path} may not be written: name another place")
 
 # %% ../nbs/21_export.ipynb #e86b2d50
 def export_onnx(model: nn.Module, path: str | Path) -> Path:
@@ -80,7 +113,11 @@ def export_onnx(model: nn.Module, path: str | Path) -> Path:
 
     Raises:
         ModuleNotFoundError: if torch's exporter lacks the packages that it needs.
+        OSError: if the path is a folder, or lies in none.
+        ValueError: if the model takes no (images, pad).
     """
+    check_detector(model)
+    check_place(path)
     try:
         program = torch.onnx.export(
             export_program(model),

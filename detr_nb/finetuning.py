@@ -12,7 +12,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from .config import ModelConfig, QueryCount
+from detr_nb.config import (
+    Amount,
+    ClassCount,
+    ConfigError,
+    ModelConfig,
+    Place,
+    QueryCount,
+    Text,
+    adapter,
+    as_type,
+    checked_arguments,
+)
 from .model import DETR
 from .optimizer import freeze
 from .pretrained import pretrained_model
@@ -30,22 +41,38 @@ class FineTuned(ModelConfig):
         frozen: parts that do not learn, such as memory.backbone.
     """
 
-    weights: str | None = None
+    weights: Place | None = None
     num_queries: QueryCount | None = None
-    frozen: tuple[str, ...] = ()
+    frozen: tuple[Text, ...] = ()
 
     def build(self, num_classes: int) -> DETR:
         """Load, replace the head, freeze."""
         model = replace_head(pretrained_model(self.weights), num_classes)
-        return freeze(
-            resize_queries(model, self.num_queries) if self.num_queries else model,
-            *self.frozen,
-        ).train()
+        if self.num_queries:
+            resize_queries(model, self.num_queries)
+        freeze(model, *self.frozen)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ConfigError(
+                "frozen", f"is {list(self.frozen)}: nothing is left that could learn"
+            )
+        return model.train()
 
 # %% ../nbs/20_finetuning.ipynb #6c303e86
+IDS = adapter(tuple[Amount, ...])
+
+
+def check_parts(model: object, what: str) -> None:
+    """Refuse a model that does not know its own parts, such as `DETRDemo`."""
+    if not isinstance(model, DETR):
+        raise ValueError(
+            f"{what} changes models that know their class_maps and queries, which"
+            f" {type(model).__name__} does not: build a DETR, such as detr_resnet50"
+        )
+
+
 def checked_ids(ids: Iterable[int], count: int, what: str) -> list[int]:
     """The ids as a list, if they are different and all below `count`."""
-    ids = list(ids)
+    ids = list(as_type(IDS, what, tuple(ids)))
     if len(set(ids)) < len(ids) or not all(0 <= i < count for i in ids):
         raise ValueError(
             f"{what} must be different numbers from 0 to {count - 1}, got {ids}"
@@ -72,8 +99,9 @@ def replace_rows(
 
 # %% ../nbs/20_finetuning.ipynb #ad6d0dfe
 @torch.no_grad()
+@checked_arguments
 def replace_head(
-    model: DETR, num_classes: int, keep: Mapping[int, int] | None = None
+    model: DETR, num_classes: ClassCount, keep: Mapping[int, int] | None = None
 ) -> DETR:
     """Give a model a class head for other classes, in place; rows of no class, such as
     no-object's, are kept.
@@ -91,10 +119,11 @@ def replace_head(
     Raises:
         ValueError: if there is no class, or an id in `keep` does not exist.
     """
-    before = model.num_classes
-    keep = {new: int(old) for new, old in (keep or {}).items()}
-    model.scores.columns(num_classes)
-    checked_ids(keep, num_classes, "new classes in keep")
+    check_parts(model, "replace_head")
+    before, keep = model.num_classes, keep or {}
+    goals = checked_ids(keep, num_classes, "new classes in keep")
+    sources = as_type(IDS, "old classes in keep", tuple(keep.values()))
+    keep = dict(zip(goals, sources, strict=True))
     if not all(0 <= old < before for old in keep.values()):
         raise ValueError(
             f"old classes in keep must be from 0 to {before - 1}, got"
@@ -109,7 +138,10 @@ def replace_head(
 
 # %% ../nbs/20_finetuning.ipynb #a864ea1e
 @torch.no_grad()
-def resize_queries(model: DETR, n: int, keep: Iterable[int] | None = None) -> DETR:
+@checked_arguments
+def resize_queries(
+    model: DETR, n: QueryCount, keep: Iterable[int] | None = None
+) -> DETR:
     """Give a model another number of queries, in place.
 
     Args:
@@ -126,6 +158,7 @@ def resize_queries(model: DETR, n: int, keep: Iterable[int] | None = None) -> DE
         ValueError: if `n` is less than 1, or `keep` is longer than `n` or names queries
             that do not exist.
     """
+    check_parts(model, "resize_queries")
     if not hasattr(model.queries, "resize"):
         kind = type(model.queries).__name__
         raise ValueError(f"the queries of this model, {kind}, cannot be resized")

@@ -7,16 +7,23 @@ __all__ = ['CocoDataset', 'VocDataset', 'YoloDataset', 'write_coco', 'CocoData',
 
 # %% ../nbs/85_formats.ipynb #c46591b2
 import json
+import re
+import reprlib
 import xml.etree.ElementTree as ET
 from abc import abstractmethod
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+import yaml
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from pycocotools import mask as coco_mask
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -27,22 +34,31 @@ from detr_nb.checks import (
     DataError,
     Problem,
     Record,
+    Tally,
+    count_problems,
+    count_words,
     four_numbers,
+    picture_files,
     picture_size,
     read_image,
+    read_outline,
     readable_items,
     record_problems,
+    size_problems,
     unreadable,
+    walk,
 )
-from .config import Amount, Config, Pixels
+from .config import Config, ConfigError, FrameSide, Pixels, Sides, Workers
 from detr_nb.data import (
     TRAIN_SIDES,
     Preprocess,
     clip_and_normalise,
+    fitted_size,
     select_boxes,
     train_transform,
 )
 from .evaluation import coco_objects
+from .files import json_text, replacing
 from .loading import Augmented, DataConfig, Transformed
 from .notation import Target, format_list
 from .shapes import Scenes
@@ -53,13 +69,34 @@ def four_columns(rows: Iterable) -> Float[Tensor, "t 4"]:
     found = [four_numbers(row) for row in rows]
     return torch.tensor(found, dtype=torch.float64).reshape(-1, 4)
 
+# %% ../nbs/85_formats.ipynb #85a00002
+def read_text(file: Path) -> str:
+    """The text of a file in UTF-8, or in what its byte-order mark says."""
+    data = file.read_bytes()
+    wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    return data.decode("utf-16" if wide else "utf-8-sig")
+
+# %% ../nbs/85_formats.ipynb #85a00004
+def repeats(
+    file: Path | str, values: Iterable, field: str, kind: str = "ambiguous"
+) -> Iterator[Problem]:
+    """A problem for each value that stood at an earlier place already; `field` has {}
+    for the place."""
+    first: dict[Hashable, int] = {}
+    for place, value in enumerate(values):
+        if isinstance(value, Hashable) and value is not None:
+            if (earlier := first.setdefault(value, place)) != place:
+                where, there = field.format(place), field.format(earlier).split()[0]
+                remedy = f"{there} has it too: give each its own, or delete one"
+                yield Problem(str(file), where, repr(value), remedy, kind)
+
 # %% ../nbs/85_formats.ipynb #110a0cc0
-def outline_to_mask(
-    outline: list | dict | None, size: tuple[int, int]
-) -> Bool[Tensor, "y x"]:
+def outline_to_mask(outline: object, size: tuple[int, int]) -> Bool[Tensor, "y x"]:
     """A COCO segmentation (polygons, or run lengths packed or not) as a mask; nothing
-    written gives an empty mask."""
-    if not outline:
+    written gives an empty mask. Raises `ValueError` for what fits no picture of that
+    size."""
+    outline = read_outline(outline, size)
+    if outline is None:
         return torch.zeros(size, dtype=torch.bool)
     packed = isinstance(outline, dict) and isinstance(outline["counts"], (str, bytes))
     runs = outline if packed else coco_mask.frPyObjects(outline, *size)
@@ -95,7 +132,10 @@ def drop_crowd(target: Target) -> Target:
 
 # %% ../nbs/85_formats.ipynb #613a642e
 class BoxDataset(Dataset):
-    """Images in files with boxes; the reader of a format adds `record`, and `orphans`."""
+    """Images in files with boxes; the reader of a format adds `record`, and what it
+    knows of the files as a whole."""
+
+    measured = False  # whether the size of a record is the picture's own
 
     def __init__(
         self,
@@ -106,10 +146,12 @@ class BoxDataset(Dataset):
         keep_crowd: bool = True,
         drop_degenerate: bool = True,
         skip_unreadable: bool = False,
+        found: Iterable[Problem] = (),
     ):
         self.items, self.skipped, self.known = list(items), [], dict(known)
         self.names, self.category_ids = list(names), list(category_ids)
         self.keep_crowd, self.drop_degenerate = keep_crowd, drop_degenerate
+        self.found, self.rule = list(found), Preprocess()
         if skip_unreadable:
             self.items, self.skipped = readable_items(self)
 
@@ -124,8 +166,18 @@ class BoxDataset(Dataset):
         """Entries that belong to no image."""
         return iter(())
 
+    def set_problems(self) -> Iterator[Problem]:
+        """What is wrong with the files as a whole."""
+        yield from (*self.found, *self.orphans(), *self.skipped)
+
+    def resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) that the size rule of a run leaves of a picture."""
+        return fitted_size(size, self.rule.short_side, self.rule.longest)
+
     def __getitem__(self, index: int) -> tuple[UInt8[Tensor, "3 y x"], Target]:
         """Read one image and its truth; raises `DataError` for what cannot be used."""
+        if doubt := next((p for p in self.found if p.kind in FATAL), None):
+            raise DataError(doubt)
         record = self.record(range(len(self))[index])
         image = read_image(record.image)
         target = make_target(record, self.known, (image.shape[1], image.shape[2]))
@@ -133,39 +185,255 @@ class BoxDataset(Dataset):
             target = select_boxes(target, (target["boxes"][:, 2:] > 0).all(1))
         return image, target if self.keep_crowd else drop_crowd(target)
 
+# %% ../nbs/85_formats.ipynb #85a00006
+def plain_id(value: object) -> int | str:
+    """A whole number or a text; 7.0 is 7."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError("an id")
+    return value
+
+
+def stated_side(value: object) -> object:
+    """None where no size is stated: some files write null, nothing or 0 there."""
+    return None if value in (None, "", 0, "0") else value
+
+
+def plain_name(value: object) -> object:
+    """A number as text."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if number else value
+
+# %% ../nbs/85_formats.ipynb #85a00007
+Id = Annotated[
+    int | str, BeforeValidator(plain_id), Field(description="a whole number or a text")
+]
+Side = Annotated[
+    Annotated[int, Field(ge=1)] | None,
+    BeforeValidator(stated_side),
+    Field(description="a whole number of pixels, or leave it out"),
+]
+Area = Annotated[
+    Annotated[float, Field(ge=0, allow_inf_nan=False)] | None,
+    Field(description="a number of square pixels, or leave it out"),
+]
+Flag = Annotated[
+    bool, BeforeValidator(lambda value: value or False), Field(description="0 or 1")
+]
+Text = Annotated[
+    str,
+    BeforeValidator(plain_name),
+    Field(min_length=1, description="a text in quotation marks"),
+]
+
+# %% ../nbs/85_formats.ipynb #85a00008
+class CocoImage(BaseModel):
+    """A row of `images`."""
+
+    id: Id
+    file_name: Text
+    height: Side = None
+    width: Side = None
+
+
+class CocoBox(BaseModel):
+    """A row of `annotations`; the box is looked at with those of other formats."""
+
+    id: Any = None
+    category_id: Id | None = None
+    bbox: Any = None
+    area: Area = None
+    iscrowd: Flag = False
+    segmentation: Any = None
+
+
+class CocoClass(BaseModel):
+    """A row of `categories`."""
+
+    id: Id
+    name: Text
+
+
+class VocSize(BaseModel):
+    """The `size` of a VOC file."""
+
+    height: Side = None
+    width: Side = None
+
+# %% ../nbs/85_formats.ipynb #85a0000a
+def row_problem(
+    error: ValidationError, kind: type[BaseModel], file: Path, where: str
+) -> Problem:
+    """The first complaint of pydantic about a row, in our words."""
+    first = error.errors(include_url=False)[0]
+    if not first["loc"]:
+        remedy = f"a row has the fields {', '.join(kind.model_fields)}"
+        value = reprlib.repr(first["input"])
+        return Problem(str(file), where, value, remedy, "unreadable")
+    field = first["loc"][0]
+    value = "missing" if first["type"] == "missing" else reprlib.repr(first["input"])
+    remedy = f"write {kind.model_fields[field].description}"
+    return Problem(str(file), f"{where} {field}", value, remedy, "unreadable")
+
+# %% ../nbs/85_formats.ipynb #85a0000d
+def same_key(value: Hashable, known: Container[Hashable]) -> Hashable:
+    """The key of a table that a value means: itself, or the number or text that reads
+    the same."""
+    if value not in known:
+        other = str(value)
+        if isinstance(value, str):
+            with suppress(ValueError):
+                other = int(value)
+        return other if other in known and str(other) == str(value) else value
+    return value
+
 # %% ../nbs/85_formats.ipynb #ab5c94dd
+COCO_PARTS = ("images", "annotations", "categories")
+
+
+def explain_coco(content: object) -> tuple[str, str] | None:
+    """What the content of a JSON file is and what to do, or None if it is a COCO
+    annotation."""
+    rows = content if isinstance(content, list) else []
+    if rows and isinstance(rows[0], dict) and "score" in rows[0]:
+        return "a list of results", "give the annotations that they were made for"
+    need = f"COCO's `instances` files have a table of {', '.join(COCO_PARTS)}"
+    if not isinstance(content, dict):
+        return reprlib.repr(content), need
+    if missing := sorted(set(COCO_PARTS) - set(content)):
+        return f"without {missing}", need
+    for part in COCO_PARTS:
+        if not isinstance(content[part], list):
+            return f"{part}: {reprlib.repr(content[part])}", f"{need}, lists of rows"
+    return None
+
+
 def read_coco(file: Path) -> dict:
     """Parse a COCO annotation file."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if missing := {"images", "annotations", "categories"} - set(content):
-            all_three = "COCO's `instances` files have all three parts"
-            raise ValueError(f"without {sorted(missing)}; {all_three}")
-    except (OSError, ValueError) as error:
-        raise unreadable(file, "content", error) from error
+        content = json.loads(read_text(file))
+    except (OSError, ValueError, RecursionError) as error:
+        remedy = "write JSON there" if isinstance(error, json.JSONDecodeError) else None
+        raise unreadable(file, "content", error, remedy) from error
+    if reason := explain_coco(content):
+        raise DataError(Problem(str(file), "content", *reason, "unreadable"))
     return content
 
+# %% ../nbs/85_formats.ipynb #85a00010
+def coco_classes(file: Path, rows: list) -> tuple[dict, list[Problem]]:
+    """Id and name of each category, in ascending order of ids, and what is wrong with
+    their rows."""
+    classes, found = [], []
+    for place, row in enumerate(rows):
+        try:
+            classes.append(CocoClass.model_validate(row))
+        except ValidationError as error:
+            problem = row_problem(error, CocoClass, file, f"categories[{place}]")
+            found.append(problem._replace(kind="unknown class"))
+            if (raw := image_id(row)) is not None:  # its boxes have a class, unnamed
+                classes.append(CocoClass(id=raw, name=f"class {raw}"))
+    for field in ("id", "name"):
+        values = [getattr(one, field) for one in classes]
+        found += repeats(file, values, f"categories[{{}}] {field}")
+    pairs = sorted((isinstance(one.id, str), one.id, one.name) for one in classes)
+    return {raw: name for _, raw, name in pairs}, found
+
+# %% ../nbs/85_formats.ipynb #85a00011
+def image_id(image: object) -> int | str | None:
+    """The id of a row of `images`; None if it has none."""
+    raw = image.get("id") if isinstance(image, dict) else None
+    if type(raw) in (int, str):
+        return raw
+    return int(raw) if isinstance(raw, float) and raw.is_integer() else None
+
+
+def image_order(image: object) -> tuple:
+    """What images are sorted by: numbers, then texts, then those without an id."""
+    raw = image_id(image)
+    return raw is None, isinstance(raw, str), 0 if raw is None else raw
+
+
+def group_rows(images: list, rows: list) -> tuple[dict, list[int]]:
+    """The places of each image's annotations, and of those that have no image."""
+    groups = {image_id(image): [] for image in images}
+    groups.pop(None, None)
+    lost = []
+    for place, row in enumerate(rows):
+        try:
+            groups[row["image_id"]].append(place)
+        except (KeyError, TypeError):
+            lost.append(place)
+    orphans = []
+    for place in lost:
+        raw = rows[place].get("image_id") if isinstance(rows[place], dict) else None
+        key = same_key(raw, groups) if isinstance(raw, Hashable) else None
+        groups.get(key, orphans).append(place)
+    for places in groups.values():
+        places.sort()
+    return groups, orphans
+
 # %% ../nbs/85_formats.ipynb #ebecdfc5
+def coco_boxes(
+    file: Path, entries: Iterable[tuple[int, object]]
+) -> tuple[list[str], list[CocoBox], list[Problem]]:
+    """Field and row of each annotation that can be read, and what is wrong with the
+    others."""
+    fields, rows, faults = [], [], []
+    for place, entry in entries:
+        number = entry.get("id") if isinstance(entry, dict) else None
+        field = f"annotations[{place}] (id {number})"
+        try:
+            rows.append(CocoBox.model_validate(entry))
+            fields.append(field)
+        except ValidationError as error:
+            faults.append(row_problem(error, CocoBox, file, field))
+    return fields, rows, faults
+
+
 def coco_record(
-    picture: Path, file: Path, image: Mapping, entries: Sequence[Mapping], masks: bool
+    picture: Path,
+    file: Path,
+    image: CocoImage,
+    entries: Iterable[tuple[int, object]],
+    masks: bool,
+    known: Container[Hashable],
 ) -> Record:
     """One image's entry of a COCO file."""
-    boxes = four_columns(entry.get("bbox") for entry in entries)
-    areas = zip(entries, boxes[:, 2:].prod(1).tolist(), strict=True)
-    crowd = [bool(entry.get("iscrowd", 0)) for entry in entries]
+    fields, rows, faults = coco_boxes(file, entries)
+    boxes = four_columns(row.bbox for row in rows)
+    areas = zip(rows, boxes[:, 2:].prod(1).tolist(), strict=True)
+    areas = [area if row.area is None else row.area for row, area in areas]
     return Record(
         picture,
         str(file),
-        (image["height"], image["width"]) if "height" in image else None,
-        [f"annotations[{entry['number']}] (id {entry.get('id')})" for entry in entries],
-        [entry.get("bbox") for entry in entries],
+        (image.height, image.width) if image.height and image.width else None,
+        fields,
+        [row.bbox for row in rows],
         xywh_to_xyxy(boxes),
-        [entry.get("category_id") for entry in entries],
-        torch.tensor(crowd, dtype=torch.bool),
-        image["id"],
-        torch.tensor([entry.get("area", area) for entry, area in areas]).float(),
-        [entry.get("segmentation") for entry in entries] if masks else None,
+        [same_key(row.category_id, known) for row in rows],
+        torch.tensor([row.iscrowd for row in rows], dtype=torch.bool),
+        image.id,
+        torch.tensor(areas).float(),
+        [row.segmentation for row in rows] if masks else None,
+        faults,
     )
+
+# %% ../nbs/85_formats.ipynb #85a00012
+def slashed(folder: Path, name: str) -> Path:
+    """A picture's path; a name with Windows' backslashes may mean one with slashes."""
+    path = folder / name
+    if "\\" in name and not path.exists():
+        other = folder / name.replace("\\", "/")
+        return other if other.exists() else path
+    return path
+
+# %% ../nbs/85_formats.ipynb #85a0001f
+def drop_outlines(rows: Iterable) -> None:
+    """Forget outlines that nobody asked for: they are most of what a file holds."""
+    for row in rows:
+        if isinstance(row, dict):
+            row.pop("segmentation", None)
 
 # %% ../nbs/85_formats.ipynb #9d908c63
 class CocoDataset(BoxDataset):
@@ -197,78 +465,191 @@ class CocoDataset(BoxDataset):
     ):
         self.folder, self.file, self.masks = Path(folder), Path(annotations), masks
         content = read_coco(self.file)
-        names = dict(sorted((row["id"], row["name"]) for row in content["categories"]))
+        self.images, self.rows = content["images"], content["annotations"]
+        if not masks:
+            drop_outlines(self.rows)
+        names, found = coco_classes(self.file, content["categories"])
+        found += repeats(self.file, map(image_id, self.images), "images[{}] id")
+        self.groups, self.lost = group_rows(self.images, self.rows)
         known = {raw: contiguous for contiguous, raw in enumerate(names)}
-        images = sorted(content["images"], key=lambda image: image["id"])
-        self.entries: dict[int, list[dict]] = {image["id"]: [] for image in images}
-        self.image_ids = set(self.entries)
-        for number, entry in enumerate(content["annotations"]):
-            entries = self.entries.setdefault(entry.get("image_id"), [])
-            entries.append({**entry, "number": number})
-        choices = (keep_crowd, drop_degenerate, skip_unreadable)
+        images = sorted(self.images, key=image_order)
+        choices = (keep_crowd, drop_degenerate, skip_unreadable, found)
         super().__init__(images, names.values(), names, known, *choices)
 
     def record(self, index: int) -> Record:
         """The entry of one image as written."""
-        image = self.items[index]
-        picture, entries = self.folder / image["file_name"], self.entries[image["id"]]
-        return coco_record(picture, self.file, image, entries, self.masks)
+        row = self.items[index]
+        try:
+            image = CocoImage.model_validate(row)
+        except ValidationError as error:
+            place = next(i for i, one in enumerate(self.images) if one is row)
+            problem = row_problem(error, CocoImage, self.file, f"images[{place}]")
+            raise DataError(problem) from None
+        picture = slashed(self.folder, image.file_name)
+        entries = [(place, self.rows[place]) for place in self.groups[image.id]]
+        return coco_record(picture, self.file, image, entries, self.masks, self.known)
 
     def orphans(self) -> Iterator[Problem]:
         """Annotations whose image is not in the list: nothing would ever load them, or
         complain."""
         remedy = "add the image, or delete the entry"
-        for image_id in self.entries.keys() - self.image_ids:
-            for entry in self.entries[image_id]:
-                field = f"annotations[{entry['number']}] image_id"
-                yield Problem(str(self.file), field, repr(image_id), remedy, "orphan")
+        for place in self.lost:
+            row, field = self.rows[place], f"annotations[{place}]"
+            if isinstance(row, dict):
+                value = repr(row.get("image_id"))
+                field = f"{field} image_id"
+                yield Problem(str(self.file), field, value, remedy, "orphan")
+            else:
+                yield from coco_boxes(self.file, [(place, row)])[2]
+
+    def set_problems(self) -> Iterator[Problem]:
+        """As for all formats, and ids and pictures that stand there twice."""
+        yield from super().set_problems()
+        rows = (row.get("id") if isinstance(row, dict) else None for row in self.rows)
+        yield from repeats(self.file, rows, "annotations[{}] id", "duplicate")
+        images = (
+            row.get("file_name") if isinstance(row, dict) else None
+            for row in self.images
+        )
+        yield from repeats(self.file, images, "images[{}] file_name", "duplicate")
 
 # %% ../nbs/85_formats.ipynb #754040e8
+def read_xml(file: Path) -> ET.Element:
+    """The root of an XML file; encodings that expat lacks, such as GBK, are Python's
+    work."""
+    data = file.read_bytes()
+    try:
+        return ET.fromstring(data)
+    except (ET.ParseError, LookupError, ValueError):
+        told = re.match(rb"""\s*<\?xml[^>]*encoding=["']([\w.-]+)["'][^>]*\?>""", data)
+        if told is None:
+            raise
+        return ET.fromstring(data[told.end() :].decode(told[1].decode()))
+
+
+NOT_XML = (OSError, ET.ParseError, LookupError, ValueError)  # what reading may raise
+
+# %% ../nbs/85_formats.ipynb #85a00013
+def name_of(thing: ET.Element) -> str:
+    """The class of an object; empty if none is written."""
+    return (thing.findtext("name") or "").strip()
+
+
 def voc_names(folder: Path) -> list[str]:
     """Every class name in a folder of VOC files, in alphabetical order; broken files
     are left for `check_data`."""
     names = set()
-    for file in folder.glob("*.xml"):
+    for file in folder.rglob("*.xml"):
         try:
-            things = ET.parse(file).getroot().iter("object")
-        except ET.ParseError:
+            names |= {name_of(thing) for thing in read_xml(file).iter("object")}
+        except NOT_XML:
             continue
-        names |= {thing.findtext("name", "").strip() for thing in things}
-    return sorted(names)
+    return sorted(names - {""})
+
+# %% ../nbs/85_formats.ipynb #85a00015
+def split_name(line: str, stems: Container[str]) -> str:
+    """The picture that a line of a split means."""
+    line = line.strip()
+    bare = re.sub(r"\s+-?[01]$", "", line)
+    for name in (line, bare, line.split()[0]):
+        stem, _, ending = name.rpartition(".")
+        if name in stems:
+            return name
+        if f".{ending.lower()}" in PICTURES and stem in stems:
+            return stem
+    return bare
 
 
-def read_split(folder: Path, split: str) -> list[str]:
+def read_split(folder: Path, split: str, stems: Container[str] = ()) -> list[str]:
     """Names of the images of a VOC split."""
     file = folder / f"{split}.txt"
     if not file.is_file():
         there = format_list(sorted(path.stem for path in folder.glob("*.txt")))
         remedy = f"choose one of {there}"
         raise DataError(Problem(str(file), "split", repr(split), remedy, "unreadable"))
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return [line.split()[0] for line in lines if line.strip()]
+    try:
+        lines = read_text(file).splitlines()
+    except ValueError as error:
+        raise unreadable(file, "content", error) from error
+    return [split_name(line, stems) for line in lines if line.strip()]
 
 # %% ../nbs/85_formats.ipynb #c24dd6e1
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
+def voc_size(root: ET.Element, file: Path) -> tuple[int, int] | None:
+    """(height, width) that a VOC file states, if it does."""
+    texts = {side: root.findtext(f"size/{side}") for side in ("height", "width")}
+    try:
+        size = VocSize.model_validate(
+            {side: text and text.strip() for side, text in texts.items()}
+        )
+    except ValidationError as error:
+        raise DataError(row_problem(error, VocSize, file, "size")) from None
+    return (size.height, size.width) if size.height and size.width else None
+
+
+def nameless(file: Path, things: Sequence[ET.Element]) -> list[Problem]:
+    """Objects without a class."""
+    remedy, kind = "write its class, or delete it", "unknown class"
+    return [
+        Problem(str(file), f"object[{i}] name", "missing", remedy, kind)
+        for i, thing in enumerate(things)
+        if not name_of(thing)
+    ]
+
+# %% ../nbs/85_formats.ipynb #85a00016
 def voc_record(picture: Path, file: Path, number: int, first_pixel: int = 0) -> Record:
     """One image's entry, from its VOC file."""
     try:
-        root = ET.parse(file).getroot()
-    except (OSError, ET.ParseError) as error:
+        root = read_xml(file)
+    except NOT_XML as error:
         raise unreadable(file, "content", error) from error
     things = root.findall("object")
-    rows = [[thing.findtext(f"bndbox/{side}") for side in SIDES] for thing in things]
+    named = {i: thing for i, thing in enumerate(things) if name_of(thing)}
+    rows = [
+        [thing.findtext(f"bndbox/{side}") for side in SIDES] for thing in named.values()
+    ]
     boxes = four_columns(rows)
     boxes[:, :2] -= first_pixel
-    height, width = (int(root.findtext(f"size/{x}") or 0) for x in ("height", "width"))
-    size = (height, width) if height and width else None
-    fields = [f"object[{i}]" for i in range(len(things))]
-    written = [" ".join(map(str, row)) for row in rows]
-    names = [thing.findtext("name", "").strip() for thing in things]
-    crowd = torch.zeros(len(things), dtype=torch.bool)
-    where = (picture, str(file), size)
-    return Record(*where, fields, written, boxes, names, crowd, number)
+    return Record(
+        picture,
+        str(file),
+        voc_size(root, file),
+        [f"object[{i}]" for i in named],
+        [" ".join(map(str, row)) for row in rows],
+        boxes,
+        [name_of(thing) for thing in named.values()],
+        torch.zeros(len(named), dtype=torch.bool),
+        number,
+        faults=nameless(file, things),
+    )
+
+# %% ../nbs/85_formats.ipynb #85a00017
+def by_stem(folder: Path, files: Iterable[Path]) -> dict[str, list[Path]]:
+    """Files by their path in a folder, without its ending."""
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        stem = file.relative_to(folder).with_suffix("").as_posix()
+        found.setdefault(stem, []).append(file)
+    return found
+
+
+def twins(groups: Mapping[str, Sequence[Path]]) -> Iterator[Problem]:
+    """Files that differ in their ending only."""
+    for first, *others in groups.values():
+        for other in others:
+            remedy = f"{first} has the same name: rename one and its annotations"
+            yield Problem(str(other), "name", repr(other.name), remedy, "ambiguous")
+
+# %% ../nbs/85_formats.ipynb #85a00018
+def voc_pictures(folder: Path) -> dict[str, list[Path]]:
+    """The pictures of a VOC folder by their names without ending."""
+    if not folder.is_dir():
+        remedy = "give the folder of JPEGImages, Annotations and ImageSets/Main"
+        problem = Problem(str(folder), "folder", "missing", remedy, "unreadable")
+        raise DataError(problem)
+    return by_stem(folder, picture_files(folder)[0])
 
 # %% ../nbs/85_formats.ipynb #8cffa7ec
 class VocDataset(BoxDataset):
@@ -287,7 +668,7 @@ class VocDataset(BoxDataset):
             `skipped` holds the reasons.
 
     Raises:
-        DataError: if there is no such split.
+        DataError: if there is no such split, or no such folder.
     """
 
     def __init__(
@@ -302,10 +683,17 @@ class VocDataset(BoxDataset):
         self.folder, self.first_pixel = Path(folder), first_pixel
         names = voc_names(self.folder / "Annotations") if names is None else names
         known = {name: i for i, name in enumerate(names)}
-        pictures = (self.folder / "JPEGImages").iterdir()
-        self.pictures = {file.stem: file for file in pictures}
-        items = enumerate(read_split(self.folder / "ImageSets" / "Main", split))
-        choices = (True, drop_degenerate, skip_unreadable)
+        groups = voc_pictures(self.folder / "JPEGImages")
+        self.pictures = {stem: files[0] for stem, files in groups.items()}
+        self.list = self.folder / "ImageSets" / "Main" / f"{split}.txt"
+        stems = read_split(self.list.parent, split, groups)
+        found = [
+            *repeats(folder, names, "names[{}]"),
+            *twins({stem: groups[stem] for stem in stems if stem in groups}),
+            *repeats(self.list, stems, "name[{}]", "duplicate"),
+        ]
+        choices = (True, drop_degenerate, skip_unreadable, found)
+        items = enumerate(stems)
         super().__init__(items, names, range(len(names)), known, *choices)
 
     def record(self, index: int) -> Record:
@@ -316,40 +704,107 @@ class VocDataset(BoxDataset):
         return voc_record(picture, file, number, self.first_pixel)
 
 # %% ../nbs/85_formats.ipynb #af5941f0
+def read_yaml(file: Path) -> dict[str, yaml.Node]:
+    """What stands behind each key of a YAML file, as it is written: no text becomes a
+    number or a truth, and no alias is followed."""
+    root = yaml.compose(read_text(file), Loader=yaml.SafeLoader)
+    if not isinstance(root, yaml.MappingNode):
+        raise TypeError("no table of names there")
+    keys = [str(key.value) for key, _ in root.value]
+    if keys.count("names") != 1:
+        raise KeyError(f"names stands there {keys.count('names')} times")
+    return dict(zip(keys, (value for _, value in root.value), strict=True))
+
+
+def yaml_word(node: yaml.Node, number: object) -> str:
+    """The text of one name."""
+    if not isinstance(node, yaml.ScalarNode) or node.value in ("", "~"):
+        raise TypeError(f"names[{number}] is no word")
+    return node.value
+
+# %% ../nbs/85_formats.ipynb #85a00019
 def yolo_names(file: Path) -> dict[int, str]:
     """Numbers and names of the classes in a YOLO `data.yaml`, which lists them or
     numbers them."""
     try:
-        # comes with huggingface_hub; without it, pass the names as a list
-        import yaml
-
-        names = yaml.safe_load(file.read_text(encoding="utf-8"))["names"]
-        if not isinstance(names, (dict, list)):
-            raise TypeError(f"a list or a table of names belongs there, not {names!r}")
-        return dict(
-            sorted(names.items()) if isinstance(names, dict) else enumerate(names)
-        )
+        node = read_yaml(file)["names"]
+        if isinstance(node, yaml.SequenceNode):
+            return {i: yaml_word(word, i) for i, word in enumerate(node.value)}
+        if not isinstance(node, yaml.MappingNode):
+            raise TypeError(f"a list or a table of names, not {node.value!r}")
+        names = [(int(key.value), value) for key, value in node.value]
+        if len(names) != len(dict(names)):
+            raise ValueError("a number has two names")
+        return {i: yaml_word(word, i) for i, word in sorted(names, key=lambda x: x[0])}
     except Exception as error:
-        raise unreadable(file, "names", error) from error
+        remedy = "write `names:` and a list or numbered table of words"
+        raise unreadable(file, "names", error, remedy) from error
+
+# %% ../nbs/85_formats.ipynb #85a0001b
+def yolo_box(words: Sequence[str]) -> list[float]:
+    """Centre and size of the numbers of a line, or a `ValueError` that says what to
+    do."""
+    count = len(words)
+    if count == 5:
+        raise ValueError("delete the sixth number: a confidence is no part of a truth")
+    if count < 6:
+        return four_numbers(list(words))
+    if count % 2:
+        raise ValueError("write a class and four numbers, or x and y of each corner")
+    xs, ys = (sorted(map(float, words[start::2])) for start in (0, 1))
+    sides = xs[-1] - xs[0], ys[-1] - ys[0]
+    return [(xs[0] + xs[-1]) / 2, (ys[0] + ys[-1]) / 2, *sides]
+
+
+def yolo_class(word: str) -> int | str:
+    """The number of a class; some tools write 2.0."""
+    with suppress(ValueError):
+        if (number := float(word)).is_integer():
+            return int(number)
+    return word
+
+# %% ../nbs/85_formats.ipynb #85a0001c
+def yolo_rows(
+    file: Path, lines: Mapping[str, Sequence[str]]
+) -> tuple[dict[str, list[float]], list[Problem]]:
+    """The box of each line that has one, and what is wrong with the others."""
+    rows, faults = {}, []
+    for line, (_, *words) in lines.items():
+        try:
+            rows[line] = yolo_box(words)
+        except ValueError as error:
+            value = " ".join(words)
+            remedy = str(error).replace(
+                "could not convert string to float", "not finite"
+            )
+            where = (str(file), f"{line} box", value)
+            faults.append(Problem(*where, remedy, "non-finite"))
+    return rows, faults
 
 # %% ../nbs/85_formats.ipynb #22ee9c79
 def yolo_record(picture: Path, file: Path, number: int) -> Record:
     """One image's entry, from its YOLO file; without a file there are no objects."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        text = read_text(file) if file.exists() else ""
     except (OSError, ValueError) as error:
         raise unreadable(file, "content", error) from error
     size = picture_size(picture)
-    rows = {
-        f"line {i}": line.split() for i, line in enumerate(lines, 1) if line.strip()
-    }
-    numbers = [row[0] for row in rows.values()]
-    texts = [row[1:] for row in rows.values()]
-    boxes = scale_boxes(cxcywh_to_xyxy(four_columns(texts)), *size)
-    classes = [int(number) if number.isdecimal() else number for number in numbers]
-    crowd = torch.zeros(len(rows), dtype=torch.bool)
-    where, written = (picture, str(file), size), [" ".join(text) for text in texts]
-    return Record(*where, list(rows), written, boxes, classes, crowd, number)
+    lines = {f"line {i}": line.split() for i, line in enumerate(text.splitlines(), 1)}
+    lines = {line: words for line, words in lines.items() if words}
+    rows, faults = yolo_rows(file, lines)
+    return Record(
+        picture,
+        str(file),
+        size,
+        list(rows),
+        [" ".join(lines[line][1:]) for line in rows],
+        scale_boxes(cxcywh_to_xyxy(four_columns(rows.values())), *size),
+        [yolo_class(lines[line][0]) for line in rows],
+        torch.zeros(len(rows), dtype=torch.bool),
+        number,
+        faults=faults,
+        polygons=sum(len(lines[line]) > 5 for line in rows),
+    )
 
 # %% ../nbs/85_formats.ipynb #b1c044d5
 def yolo_labels(images: Path) -> Path:
@@ -364,15 +819,50 @@ def yolo_labels(images: Path) -> Path:
             )
     return labels
 
+# %% ../nbs/85_formats.ipynb #85a0001e
+# what people lay beside pictures; everything else in a folder of pictures is counted
+BESIDE = {
+    ".cache",
+    ".csv",
+    ".db",
+    ".ini",
+    ".json",
+    ".md",
+    ".txt",
+    ".xml",
+    ".yaml",
+    ".yml",
+}
+
+
+def yolo_pictures(folder: Path) -> tuple[list[Path], list[Problem]]:
+    """The pictures of a folder and its subfolders, and what was left out."""
+    files, left_out = picture_files(folder)
+    other = {what: n for what, n in left_out.items() if what not in BESIDE}
+    words = count_words(other) or "nothing"
+    remedy = "save as .png or .jpg what is a picture"
+    if not files:
+        value = f"none; left out: {words}"
+        raise DataError(Problem(str(folder), "pictures", value, remedy, "unreadable"))
+    found = [Problem(str(folder), "files", words, remedy, "left out")] if other else []
+    return files, found
+
+
+def text_files(folder: Path) -> list[Path]:
+    """The text files in a folder and its subfolders, whatever the case of their
+    ending."""
+    files = (Path(entry.path) for entry in walk(folder, Counter()))
+    return sorted(file for file in files if file.suffix.lower() == ".txt")
+
 # %% ../nbs/85_formats.ipynb #e1119581
 class YoloDataset(BoxDataset):
     """Images with YOLO annotations: one text file an image, lines of class, centre x
     and y, width, height in shares.
 
     Args:
-        images: folder of the images. The text files lie in the folder that has `labels`
-            for the last `images` of its path, as in `cells/train/images` or
-            `coco/images/train2017`.
+        images: folder of the images; subfolders are read too. The text files lie in the
+            folder that has `labels` for the last `images` of its path, as in
+            `cells/train/images` or `coco/images/train2017`.
         names: the classes in order, or the `data.yaml` that names them.
         drop_degenerate: leave out boxes without area.
         skip_unreadable: leave out images that cannot be read, with a warning;
@@ -381,6 +871,8 @@ class YoloDataset(BoxDataset):
     Raises:
         DataError: if a folder is missing or has no images, or the names cannot be read.
     """
+
+    measured = True
 
     def __init__(
         self,
@@ -393,25 +885,37 @@ class YoloDataset(BoxDataset):
         self.labels = yolo_labels(self.folder)
         listed = not isinstance(names, (str, Path))
         table = dict(enumerate(names)) if listed else yolo_names(Path(names))
-        files = sorted(self.folder.iterdir())
-        pictures = [file for file in files if file.suffix.lower() in PICTURES]
-        self.stems = {file.stem for file in pictures}
+        pictures, left_out = yolo_pictures(self.folder)
+        self.stems = by_stem(self.folder, pictures)
+        texts = by_stem(self.labels, text_files(self.labels))
+        self.texts = {
+            stem: files for stem, files in texts.items() if stem in self.stems
+        }
+        place = "names" if listed else names
+        found = [
+            *repeats(place, table.values(), "names[{}]"),
+            *twins(self.stems),
+            *twins(self.texts),
+            *left_out,
+        ]
         known = {raw: contiguous for contiguous, raw in enumerate(table)}
-        choices = (True, drop_degenerate, skip_unreadable)
+        choices = (True, drop_degenerate, skip_unreadable, found)
         super().__init__(enumerate(pictures), table.values(), table, known, *choices)
 
     def record(self, index: int) -> Record:
         """The entry of one image as written."""
         number, picture = self.items[index]
-        return yolo_record(picture, self.labels / f"{picture.stem}.txt", number)
+        (stem,) = by_stem(self.folder, [picture])
+        files = self.texts.get(stem, [self.labels / f"{stem}.txt"])
+        return yolo_record(picture, files[0], number)
 
     def orphans(self) -> Iterator[Problem]:
         """Text files without a picture."""
         remedy = "add the picture, or delete the file"
-        for file in sorted(self.labels.glob("*.txt")):
+        for stem, files in by_stem(self.labels, text_files(self.labels)).items():
             # some tools leave their list of names there
-            if file.stem not in {*self.stems, "classes"}:
-                yield Problem(str(file), "picture", "missing", remedy, "orphan")
+            if stem not in self.stems and Path(stem).name != "classes":
+                yield Problem(str(files[0]), "picture", "missing", remedy, "orphan")
 
 # %% ../nbs/85_formats.ipynb #285e2814
 def check_coco(
@@ -473,11 +977,15 @@ def write_coco(scenes: Scenes, folder: Path | str) -> Path:
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for index, (image, target) in enumerate(scenes):
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-        picture.save(folder / "images" / f"{index:06d}.png")
+        with replacing(
+            folder / "images" / f"{index:06d}.png", "wb", durable=False
+        ) as f:
+            picture.save(f, "png")
         targets.append(target)
     content = coco_json(targets, scenes.names, scenes.category_ids)
     file = folder / "annotations.json"
-    file.write_text(json.dumps(content), "utf8")
+    with replacing(file) as text:
+        text.write(json_text(content))
     return file
 
 # %% ../nbs/85_formats.ipynb #12de0002
@@ -494,11 +1002,19 @@ class Sizes(Config):
         eval_side: length of the short side after training, pixels.
     """
 
-    short_sides: tuple[Pixels, ...] = TRAIN_SIDES
+    short_sides: Sides = TRAIN_SIDES
     longest: Pixels = 1333
-    crop: tuple[()] | tuple[Pixels, Pixels] = (384, 600)
-    before_crop: tuple[Pixels, ...] = (400, 500, 600)
-    eval_side: Pixels = 800
+    crop: tuple[Pixels, ...] = (384, 600)
+    before_crop: Sides = (400, 500, 600)
+    eval_side: FrameSide = 800
+
+    def check_pairs(self) -> None:
+        """A crop has two sides, in order."""
+        if len(self.crop) not in (0, 2) or list(self.crop) != sorted(self.crop):
+            raise ConfigError(
+                "crop",
+                f"is {list(self.crop)}: it must be [], or [shortest, longest] side",
+            )
 
     def pair(
         self, train: BoxDataset, val: BoxDataset, workers: int
@@ -521,7 +1037,7 @@ class Photographs(DataConfig):
     """
 
     sizes: Sizes = Sizes()
-    workers: Amount = 2
+    workers: Workers = 2
     skip_unreadable: bool = False
 
     @abstractmethod
@@ -530,7 +1046,10 @@ class Photographs(DataConfig):
 
     def load(self) -> tuple[Augmented, Transformed]:
         """Read both parts: one is augmented, the other only resized."""
-        return self.sizes.pair(*self.readers(), self.workers)
+        train, val = self.readers()
+        for part in (train, val):
+            part.rule = Preprocess(self.sizes.eval_side, self.sizes.longest)
+        return self.sizes.pair(train, val, self.workers)
 
 # %% ../nbs/85_formats.ipynb #d7947ca0
 @dataclass(frozen=True)
@@ -598,16 +1117,42 @@ class YoloData(Photographs):
         return train, YoloDataset(self.val, self.names, **skip)
 
 # %% ../nbs/85_formats.ipynb #cd4540f5
-def file_problems(dataset: BoxDataset) -> Iterator[Problem]:
-    """Entries that training would trip over; pictures are not read, only looked for."""
-    remedy = "check the folder, or drop the entry"
-    for index in range(len(dataset)):
+HEADS = 10_000  # pictures whose size is looked up before a training
+
+
+def look_at(
+    dataset: BoxDataset, index: int, tally: Tally, head: bool
+) -> Iterator[Problem]:
+    """What is wrong with one entry, and with its picture as far as its head tells."""
+    try:
+        record = dataset.record(index)
+    except DataError as error:
+        tally.unknown += 1
+        yield error.problem
+        return
+    tally.add(record, dataset.keep_crowd)
+    picture, size = Path(record.image), record.size
+    there, remedy = picture.is_file(), "check the folder, or drop the entry"
+    if there and head:
         try:
-            record = dataset.record(index)
+            size = size if dataset.measured else picture_size(picture)
+            yield from size_problems(dataset, record, size)
         except DataError as error:
             yield error.problem
-            continue
-        found = record_problems(record, dataset.known)
-        yield from (problem for problem in found if problem.kind in FATAL)
-        if not (picture := Path(record.image)).is_file():
-            yield Problem(str(picture), "picture", "missing", remedy, "unreadable")
+    yield from record_problems(record, dataset.known, size)
+    if not there:
+        yield Problem(str(picture), "picture", "missing", remedy, "unreadable")
+
+
+def file_problems(dataset: BoxDataset, tally: Tally | None = None) -> Iterator[Problem]:
+    """What is wrong with a dataset, as far as can be known without reading all
+    pictures."""
+    tally = Tally() if tally is None else tally
+    skipped = set(dataset.skipped)
+    for problem in dataset.set_problems():
+        by_choice = problem in skipped
+        yield problem._replace(kind="left out") if by_choice else problem
+    every = max(1, -(-len(dataset) // HEADS))
+    for index in range(len(dataset)):
+        yield from look_at(dataset, index, tally, index % every == 0)
+    yield from count_problems(dataset, tally)

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/81_hub.ipynb #1e0c353c
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from .config import ConfigError, ModelConfig
 from .data import Preprocess
+from .files import replacing_together
 
 # %% ../nbs/81_hub.ipynb #5a7e0010
 CONFIG, WEIGHTS, MODEL_TYPE = "config.json", "model.safetensors", "detr_nb"
@@ -88,12 +90,16 @@ def model_config(model: nn.Module) -> dict[str, object]:
     holds."""
     words = describe(model)
     check_classes(model.names, model.category_ids, model.num_classes)
-    try:
-        threshold = float(model.threshold)
-    except (TypeError, ValueError) as error:
+    threshold = model.threshold
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
+        threshold = math.nan
+    if not 0 <= threshold <= 1:
         raise ValueError(
             f"threshold is {model.threshold!r}: it must be a number from 0 to 1"
-        ) from error
+        )
+    for number in model.category_ids or ():
+        if isinstance(number, bool) or number != int(number):
+            raise ValueError(f"category_ids has {number!r}: it must be a whole number")
     return {
         "model_type": MODEL_TYPE,
         **words,
@@ -102,7 +108,7 @@ def model_config(model: nn.Module) -> dict[str, object]:
             None if model.category_ids is None else [int(i) for i in model.category_ids]
         ),
         "preprocess": asdict(model.preprocess),
-        "threshold": threshold,
+        "threshold": float(threshold),
     }
 
 # %% ../nbs/81_hub.ipynb #5a7e0022
@@ -269,6 +275,30 @@ Architecture, classes and the sizes and colours of its pictures are in config.js
 [The paper]({{ paper_url }}).
 """
 
+# %% ../nbs/81_hub.ipynb #81fa0002
+def check_saving(folder: Path) -> None:
+    """Refuse a folder in which a saved model would replace, or be hidden by, what is
+    none."""
+    config, reason = folder / CONFIG, ""
+    if folder.exists() and not folder.is_dir():
+        reason = "it is a file"
+    elif (folder / "checkpoint.pt").exists():
+        reason = "it is the folder of a training run, which would be read in its place"
+    elif config.exists():
+        try:
+            kind = dict(json.loads(config.read_text("utf8"))).get("model_type")
+        except (OSError, TypeError, ValueError):
+            kind = "unreadable"
+        if kind != MODEL_TYPE:
+            reason = f"its {CONFIG} was not written by save_pretrained"
+    elif (folder / WEIGHTS).exists():
+        reason = f"it holds {WEIGHTS} of another origin"
+    if reason:
+        raise ValueError(
+            f"{folder}: a model cannot be saved there, because {reason}: give another"
+            " folder, such as a new one inside"
+        )
+
 # %% ../nbs/81_hub.ipynb #5a7e0002
 class HubMixin(
     ModelHubMixin,
@@ -283,17 +313,30 @@ class HubMixin(
     made again from there."""
 
     def save_pretrained(
-        self, save_directory: str | Path, **options: object
+        self,
+        save_directory: str | Path,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **options: object,
     ) -> str | None:
         """Write config.json, model.safetensors and, if there is none, a card for
-        readers (README.md)."""
-        return super().save_pretrained(
-            save_directory, **{**options, "config": model_config(self)}
-        )
+        readers (README.md): all of them, or the folder stays as it is."""
+        folder, words = Path(save_directory).expanduser(), model_config(self)
+        check_saving(folder)
+        card = options.get("model_card_kwargs")
+        with replacing_together(folder, keep=["README.md"]) as half:
+            super().save_pretrained(half, config=words, model_card_kwargs=card)
+        if push_to_hub:
+            return self.push_to_hub(repo_id or folder.name, **options)
+        return None
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write the weights; the mixin calls it."""
-        save_model(self, str(save_directory / WEIGHTS))
+        try:
+            save_model(self, str(save_directory / WEIGHTS))
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
 
     def push_to_hub(self, repo_id: str, **options: object) -> str:
         """Send what `save_pretrained` writes to the hub, and return the address of the

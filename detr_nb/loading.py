@@ -22,7 +22,20 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from .cache import render_scenes
-from .config import Config, Count
+from detr_nb.config import (
+    BatchSize,
+    CategoryIds,
+    Config,
+    ConfigError,
+    Count,
+    Names,
+    Place,
+    Seed,
+    Workers,
+    adapter,
+    as_type,
+    checked_arguments,
+)
 from .data import Batch, Preprocess, apply_transform, collate, normalise
 from .evaluation import evaluate
 from .notation import Target
@@ -161,7 +174,8 @@ class EpochLoader:
         seed: which series of random numbers.
     """
 
-    def __init__(self, dataset: "Augmented", batch_size: int, seed: int = 0):
+    @checked_arguments
+    def __init__(self, dataset: "Augmented", batch_size: BatchSize, seed: Seed = 0):
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
 
     def __len__(self) -> int:
@@ -192,16 +206,26 @@ class Augmented(Dataset):
         workers: processes that read ahead; 0 reads in this one.
 
     Raises:
-        ValueError: if the dataset has no images.
+        ValueError: if the dataset has no images or no names, the transform cannot be
+            called, or the number of workers is none.
     """
 
+    @checked_arguments
     def __init__(
         self,
         dataset: Dataset,
         transform: Callable | None,
         preprocess: Preprocess = Preprocess(),
-        workers: int = 0,
+        workers: Workers = 0,
     ):
+        missing = [
+            name for name in ("names", "category_ids") if not hasattr(dataset, name)
+        ]
+        if missing or not (transform is None or callable(transform)):
+            raise ValueError(
+                f"Augmented({type(dataset).__name__}, {type(transform).__name__}): give"
+                " a dataset that has names and category_ids, and a transform or None"
+            )
         if not len(dataset):
             raise ValueError(
                 "Augmented(dataset): there are 0 images in it: does its split or file"
@@ -240,6 +264,40 @@ def batches(
         yield from loader.epoch(epoch, start, share)
         epoch, start = epoch + 1, 0
 
+# %% ../nbs/84_loading.ipynb #9a4f8880
+NAMES, IDS = adapter(Names), adapter(CategoryIds)
+
+
+def class_table(
+    names: Sequence[str], category_ids: Sequence[int]
+) -> tuple[list[str], list[int]]:
+    """Names and raw ids of classes as lists, if they fit each other."""
+    names = list(as_type(NAMES, "names", list(names)))
+    ids = list(as_type(IDS, "category_ids", list(category_ids)))
+    if len(names) != len(ids) or len(set(ids)) < len(ids):
+        raise ConfigError(
+            "category_ids",
+            f"are {len(ids)} numbers, {len(set(ids))} of them different, for"
+            f" {len(names)} names: give each class a number of its own",
+        )
+    return names, ids
+
+
+def check_pictures(images: object) -> None:
+    """Refuse what is no stack of byte pictures."""
+    if (
+        not isinstance(images, Tensor)
+        or images.dtype != torch.uint8
+        or images.ndim != 4
+        or images.shape[1] != 3
+    ):
+        kind = getattr(images, "dtype", type(images).__name__)
+        shape = tuple(getattr(images, "shape", ()))
+        raise ValueError(
+            f"images are {kind} of shape {shape}: give bytes (torch.uint8) of three"
+            " colours, (n, 3, y, x)"
+        )
+
 # %% ../nbs/84_loading.ipynb #5a44f310
 class MemoryDataset(Dataset):
     """Images of one size in one tensor; `preprocess` makes any picture one of them.
@@ -251,7 +309,8 @@ class MemoryDataset(Dataset):
         category_ids: raw id of each class; None takes the contiguous ids.
 
     Raises:
-        ValueError: if there are not as many targets as images.
+        ValueError: if there are not as many targets as images, the images are no bytes
+            in three colours, or names and ids do not fit each other.
     """
 
     def __init__(
@@ -266,10 +325,10 @@ class MemoryDataset(Dataset):
                 f"{len(images)} images, but {len(targets)} targets: give one target for"
                 " each image"
             )
-        self.images, self.targets, self.names = images, list(targets), list(names)
-        self.category_ids = list(
-            range(len(self.names)) if category_ids is None else category_ids
-        )
+        check_pictures(images)
+        ids = range(len(names)) if category_ids is None else category_ids
+        self.names, self.category_ids = class_table(names, ids)
+        self.images, self.targets = images, list(targets)
         self.preprocess = Preprocess(size=tuple(images.shape[2:]))
 
     def __len__(self) -> int:
@@ -392,11 +451,12 @@ class MemoryLoader:
         shuffle: visit the images in random order.
     """
 
+    @checked_arguments
     def __init__(
         self,
         dataset: MemoryDataset,
-        batch_size: int,
-        seed: int = 0,
+        batch_size: BatchSize,
+        seed: Seed = 0,
         augment: bool = True,
         shuffle: bool = True,
     ):
@@ -445,6 +505,9 @@ class DataConfig(Config):
         """
         return evaluate(model, dataset, **options)
 
+# %% ../nbs/84_loading.ipynb #5ffa22d2
+MOST_BYTES = 2**40  # of drawn pictures; a folder of `cache` may hold so many
+
 # %% ../nbs/84_loading.ipynb #b39e0ae3
 @dataclass(frozen=True)
 class ShapesData(DataConfig):
@@ -460,7 +523,18 @@ class ShapesData(DataConfig):
     scenes: SceneConfig = EASY
     train_images: Count = 16384
     val_images: Count = 500
-    cache: str = ""
+    cache: Place = ""
+
+    def check_pairs(self) -> None:
+        """A machine can hold the pictures."""
+        count = self.train_images + self.val_images
+        if (size := 3 * count * self.scenes.size**2) > MOST_BYTES:
+            raise ConfigError(
+                "train_images",
+                f"is {self.train_images}: with val_images={self.val_images} and"
+                f" scenes.size={self.scenes.size} the pictures take {size / 2**30:.0f}"
+                f" GiB, of which {MOST_BYTES / 2**30:.0f} may be",
+            )
 
     def load(self) -> tuple[MemoryDataset, MemoryDataset]:
         """Draw or read both series; they share no seed, so no held-out scene was seen

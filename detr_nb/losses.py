@@ -16,6 +16,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from detr_nb.config import (
+    ClassCount,
+    Depth,
+    Weight,
+    adapter,
+    as_type,
+    checked_arguments,
+)
 from detr_nb.matcher import (
     CostTerm,
     HungarianMatcher,
@@ -234,6 +242,9 @@ def set_losses(
         "class_error": class_error(out.logits[matched][-1], wanted[matched][-1]),
     }
 
+# %% ../nbs/10_losses.ipynb #d80bb8ee
+WEIGHT = adapter(Weight)
+
 # %% ../nbs/10_losses.ipynb #c188cafc
 class SetCriterion(nn.Module):
     """DETR's loss: match, then judge class and box of every query at every layer.
@@ -264,21 +275,23 @@ class SetCriterion(nn.Module):
             while training goes on.
 
     Raises:
-        ValueError: if the class loss of an extra part is divided by a number that
-            depends on its queries, which is not known before the model has run.
+        ValueError: if an argument is out of its range, or the class loss of an extra
+            part is divided by a number that depends on its queries, which is not known
+            before the model has run.
     """
 
+    @checked_arguments
     def __init__(
         self,
-        num_classes: int,
-        cost_class: Number = 1.0,
-        cost_bbox: Number = 5.0,
-        cost_giou: Number = 2.0,
-        weight_ce: Number = 1.0,
-        weight_bbox: Number = 5.0,
-        weight_giou: Number = 2.0,
-        no_object_weight: Number = 0.1,
-        dec_layers: int = 6,
+        num_classes: ClassCount,
+        cost_class: Weight = 1.0,
+        cost_bbox: Weight = 5.0,
+        cost_giou: Weight = 2.0,
+        weight_ce: Weight = 1.0,
+        weight_bbox: Weight = 5.0,
+        weight_giou: Weight = 2.0,
+        no_object_weight: Weight = 0.1,
+        dec_layers: Depth = 6,
         classes: object | None = None,
         boxes: object | None = None,
         class_term: CostTerm = class_cost,
@@ -334,8 +347,21 @@ class SetCriterion(nn.Module):
 
     def reweigh(self, name: str, weight: Number) -> None:
         """Give one loss, such as `loss_ce`, another weight; that of the extra parts
-        changes by the same factor."""
-        before, self.last_layer_weights[name] = self.last_layer_weights[name], weight
+        changes by the same factor.
+
+        Raises:
+            ValueError: if there is no such loss, the weight is negative or no number,
+                or there is no factor because it was 0.
+        """
+        weight = as_type(WEIGHT, name, weight)
+        before = self.last_layer_weights.get(name)
+        if before is None or (self.extra and not before):
+            raise ValueError(
+                f"{name} weighs {before} and cannot be changed to {weight} together with"
+                f" the extra parts {list(self.extra)}: the losses with weights are"
+                f" {self.last_layer_weights}"
+            )
+        self.last_layer_weights[name] = weight
         for part in self.extra.values():
             part.reweigh(name, part.last_layer_weights[name] * weight / before)
 

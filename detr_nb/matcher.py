@@ -16,8 +16,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from .config import Weight, checked_arguments
 from .model import PlaneBoxes
-from .notation import Number, Output, Pairs, Target
+from .notation import Output, Pairs, Target
 
 # %% ../nbs/09_matcher.ipynb #e495ca7d
 def assign(
@@ -52,25 +53,55 @@ class PaddedTargets(NamedTuple):
 def name_of(target: Target, place: int) -> str:
     """What messages call an image: by its id, or by its place in the batch."""
     return (
-        f"image {int(target['image_id'])}"
-        if "image_id" in target
+        f"image {target['image_id']}"
+        if isinstance(target, dict) and "image_id" in target
         else f"image number {place} of the batch"
     )
 
+# %% ../nbs/09_matcher.ipynb #d252d1b9
+WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def is_whole(labels: object) -> bool:
+    """Whether it is a row of whole numbers."""
+    return isinstance(labels, Tensor) and labels.ndim == 1 and labels.dtype in WHOLE
+
+
+def is_boxes(boxes: object, count: int, numbers: int | None) -> bool:
+    """Whether it has so many rows of real numbers, that are somewhere in memory."""
+    return (
+        isinstance(boxes, Tensor)
+        and not (boxes.is_complex() or boxes.dtype == torch.bool or boxes.is_meta)
+        and boxes.ndim == 2
+        and len(boxes) == count
+        and numbers in (None, boxes.shape[1])
+    )
+
+
+def described(value: object) -> str:
+    """Type and shape of what should be a tensor."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{value.dtype} {tuple(value.shape)}"
+
 # %% ../nbs/09_matcher.ipynb #0f0d77e1
-def check_target(target: Target, place: int, numbers: int = 4) -> None:
-    """Raise ValueError, naming the image, if labels and boxes do not fit together."""
+def check_target(target: Target, place: int, numbers: int | None = None) -> None:
+    """Raise ValueError, naming the image, if labels and boxes are missing, or do not
+    fit together."""
+    if not isinstance(target, dict) or not {"labels", "boxes"} <= target.keys():
+        found = sorted(target) if isinstance(target, dict) else type(target).__name__
+        raise ValueError(
+            f"{name_of(target, place)}: a target is a dictionary with labels and boxes,"
+            f" got {found}"
+        )
     labels, boxes = target["labels"], target["boxes"]
-    if (
-        labels.ndim != 1
-        or labels.is_floating_point()
-        or boxes.shape != (len(labels), numbers)
-    ):
+    if not (is_whole(labels) and is_boxes(boxes, len(labels), numbers)):
+        width = 4 if numbers is None else numbers
         raise ValueError(
             f"{name_of(target, place)}: labels must be integers (t,) and boxes (t,"
-            f" {numbers}), got {labels.dtype} {tuple(labels.shape)} and"
-            f" {tuple(boxes.shape)}; an image without objects has torch.zeros(0,"
-            f" dtype=torch.int64) and torch.zeros(0, {numbers})"
+            f" {width}), got {described(labels)} and {described(boxes)}; an image"
+            " without objects has torch.zeros(0, dtype=torch.int64) and torch.zeros(0,"
+            f" {width})"
         )
 
 # %% ../nbs/09_matcher.ipynb #0cc3b034
@@ -88,6 +119,8 @@ def pad_targets(
     Raises:
         ValueError: if the labels and boxes of a target do not belong together.
     """
+    for place, target in enumerate(targets):
+        check_target(target, place)
     encoded = [
         Target(labels=target["labels"], boxes=(boxes or PlaneBoxes()).encode(target))
         for target in targets
@@ -158,14 +191,15 @@ class HungarianMatcher:
             if left out.
 
     Raises:
-        ValueError: if all weights are zero.
+        ValueError: if a weight is negative or no number, or all are zero.
     """
 
+    @checked_arguments
     def __init__(
         self,
-        cost_class: Number = 1.0,
-        cost_bbox: Number = 5.0,
-        cost_giou: Number = 2.0,
+        cost_class: Weight = 1.0,
+        cost_bbox: Weight = 5.0,
+        cost_giou: Weight = 2.0,
         class_term: CostTerm = class_cost,
         no_object: bool = True,
         boxes: object | None = None,
@@ -252,6 +286,7 @@ def explain_target(
 ) -> str:
     """Say which label or box of a target is wrong and what to do; empty if all are
     right."""
+    check_target(target, place)
     rule = boxes or PlaneBoxes()
     numbers = rule.encode(target)
     for row, (label, box, fine) in enumerate(

@@ -12,7 +12,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
-from typing import ClassVar, NamedTuple
+from itertools import pairwise
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -23,6 +24,7 @@ from torchvision.models import resnet50
 from .backbone import ResNet, TinyBackbone, imagenet_weights
 from .boxes import cxcywh_to_xyxy, giou, pairwise_giou, scale_boxes
 from detr_nb.config import (
+    ClassCount,
     Config,
     Depth,
     Fraction,
@@ -30,7 +32,10 @@ from detr_nb.config import (
     ModelConfig,
     Positive,
     QueryCount,
+    Stages,
     Width,
+    adapter,
+    as_type,
 )
 from .data import Preprocess
 from .hub import HubMixin
@@ -108,6 +113,9 @@ class Scored(NamedTuple):
     queries: Int[Tensor, "b n"]
 
 # %% ../nbs/08_model.ipynb #08f00016
+CLASSES = adapter(ClassCount)
+
+
 class Scores(ABC):
     """What the columns of the class head mean; the last `spare` are no class."""
 
@@ -115,12 +123,12 @@ class Scores(ABC):
 
     def columns(self, num_classes: int) -> int:
         """Number of columns: one for every class, and the spare ones."""
-        if num_classes < 1:
+        if isinstance(num_classes, int) and num_classes < 1:
             raise ValueError(
                 f"a detector needs at least one class, got num_classes={num_classes} "
                 "(no-object is added by the model: do not count it)"
             )
-        return num_classes + self.spare
+        return as_type(CLASSES, "num_classes", num_classes) + self.spare
 
     @abstractmethod
     def __call__(self, logits: Float[Tensor, "*n c"]) -> Float[Tensor, "*n _"]:
@@ -285,6 +293,7 @@ class DETR(nn.Module, HubMixin):
             ValueError: if shapes or types do not fit, or an image is all padding.
         """
         check_images(images, pad, cameras)
+        check_numbers(images, next(self.parameters(), images))
         if pad is None:
             pad = torch.zeros_like(images[..., 0, :, :], dtype=torch.bool)
         read = self.memory(images, pad, cameras)
@@ -366,24 +375,34 @@ def postprocess(
         units of `sizes`) and, if the model makes any, `masks` (a score a pixel).
 
     Raises:
-        ValueError: if there is not one size for every image.
+        ValueError: if there is not one size for every image, or one that no picture has.
     """
     if len(sizes) != out.boxes.shape[1]:
         raise ValueError(
             f"{out.boxes.shape[1]} images need as many (height, width) sizes, got"
             f" {len(sizes)}"
         )
+    sizes = plain_sizes(sizes)
     chosen = (scores or SoftmaxScores()).select(out.logits[-1].float())
     rule, found = boxes or PlaneBoxes(), []
     for image, size in enumerate(sizes):
         score, labels, queries = (part[image] for part in chosen)
         raw = out.boxes[-1, image].float()[queries]
-        decoded, keep = rule.decode(raw, tuple(map(int, size)))
+        decoded, keep = rule.decode(raw, size)
         row = {"scores": score[keep], "labels": labels[keep], "boxes": decoded[keep]}
         if out.masks is not None:
             row["masks"] = out.masks[image][queries[keep]]
         found.append(row)
     return found
+
+# %% ../nbs/08_model.ipynb #039e8e88
+PICTURE_SIZES = adapter(tuple[tuple[Width, Width], ...])
+
+
+def plain_sizes(sizes: Sequence | Tensor) -> tuple[tuple[int, int], ...]:
+    """Heights and widths as plain numbers, if pictures can have them."""
+    rows = [row.tolist() if hasattr(row, "tolist") else row for row in sizes]
+    return as_type(PICTURE_SIZES, "sizes", rows)
 
 # %% ../nbs/08_model.ipynb #24284321
 def resize_padding(
@@ -473,6 +492,8 @@ def check_images(
             f"images must be one batch of normalised floats, {form} (images[None] makes"
             f" a batch of one); got {images.dtype} of shape {tuple(images.shape)}"
         )
+    if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        check_pixels(images)
     if cameras is not None and cameras.shape != (*images.shape[:2], 4, 4):
         raise ValueError(
             "cameras must be one 4 x 4 matrix for each view, here"
@@ -485,6 +506,30 @@ def check_images(
             "pad must be boolean, True where there is no picture, here"
             f" {tuple(images[..., 0, :, :].shape)}; got {pad.dtype} of shape"
             f" {tuple(pad.shape)}"
+        )
+
+# %% ../nbs/08_model.ipynb #be908bba
+SMALLEST = 4  # pixels: the first convolution of the small model spans so many
+
+
+def check_pixels(images: Tensor) -> None:
+    """Refuse a batch without images, or with images of hardly a pixel."""
+    if not images.shape[0] or min(images.shape[-2:]) < SMALLEST:
+        raise ValueError(
+            f"images must be at least one, of at least {SMALLEST} x {SMALLEST} pixels;"
+            f" got shape {tuple(images.shape)}"
+        )
+
+
+def check_numbers(images: Tensor, weights: Tensor) -> None:
+    """Refuse images in another type of numbers than the weights, which torch would
+    stumble over inside."""
+    if images.dtype != weights.dtype and not torch.is_autocast_enabled(
+        images.device.type
+    ):
+        raise ValueError(
+            f"images are {images.dtype}, but the model's weights {weights.dtype}: call"
+            f" images.to({weights.dtype})"
         )
 
 # %% ../nbs/08_model.ipynb #cadd4f72
@@ -522,7 +567,8 @@ class PlaneBoxes:
     """Boxes in a picture: cxcywh as shares of the unpadded image, compared by L1 and
     GIoU (DETR, section 3.1); `proper` says what a box of a dataset must be."""
 
-    proper: ClassVar[str] = "a finite cxcywh box with a size of at least 0"
+    proper: ClassVar[str] = "a finite cxcywh box of shares from 0 to 1"
+    largest: ClassVar[float] = 1.001  # rounding may go a little beyond
 
     def encode(self, target: Target) -> Float[Tensor, "..."]:
         """The numbers that the model should predict for each object; who takes them
@@ -530,8 +576,10 @@ class PlaneBoxes:
         return target["boxes"]
 
     def valid(self, boxes: Float[Tensor, "*n 4"]) -> Bool[Tensor, "*n"]:
-        """True where a box is finite and not inside out."""
-        return boxes.isfinite().all(-1) & (boxes[..., 2:] >= 0).all(-1)
+        """True where a box is finite, not inside out, and no larger than its
+        picture."""
+        fits = (boxes.abs() <= self.largest).all(-1)  # NaN does not
+        return fits & (boxes[..., 2:] >= 0).all(-1)
 
     def costs(
         self, boxes: Float[Tensor, "i b q 4"], truth: Float[Tensor, "b t 4"]
@@ -647,6 +695,49 @@ class BackboneConfig(Config):
         """The configuration of the same network, without how it starts."""
         return self
 
+# %% ../nbs/08_model.ipynb #05c0d4aa
+LARGEST = 2 * 10**9  # parameters of a model: a hundred times the largest of the paper
+
+
+def check_stages(widths: Sequence[int], strides: Sequence[int]) -> None:
+    """Refuse strides that do not fit the stages of a `TinyBackbone`, or too many
+    weights."""
+    if (
+        len(strides) != len(widths)
+        or strides[0] != 4
+        or any(after % before for before, after in pairwise(strides))
+    ):
+        raise ConfigError(
+            "strides",
+            f"is {strides}: it must be {len(widths)} numbers, as widths has, the first"
+            " 4, each a multiple of the one before",
+        )
+    if (count := sum(27 * a * b for a, b in pairwise((3, *widths)))) > LARGEST:
+        raise ConfigError("widths", f"is {widths}: {too_many(count)}")
+
+
+def too_many(count: int) -> str:
+    """What is said of a model that no machine would hold."""
+    return f"it would make some {count:.0e} parameters, of which {LARGEST:.0e} may be"
+
+# %% ../nbs/08_model.ipynb #81e179a9
+def check_widths(
+    width: int, heads: int, hidden: int, enc_layers: int, dec_layers: int
+) -> None:
+    """Refuse a model width that its heads and positions cannot share, or too many
+    weights."""
+    if width % 4 or width % heads:
+        raise ConfigError(
+            "hidden_dim",
+            f"is {width}: it must be a multiple of 4 and of nheads={heads}",
+        )
+    layers = 1 + enc_layers + dec_layers
+    if (count := layers * (8 * width**2 + 2 * width * hidden)) > LARGEST:
+        raise ConfigError(
+            "hidden_dim",
+            f"is {width}, and dim_feedforward is {hidden}: {too_many(count)}",
+        )
+
 # %% ../nbs/08_model.ipynb #a2ffb447
 @dataclass(frozen=True)
 class TinyConfig(BackboneConfig, former=("TinyBackbone",)):
@@ -658,13 +749,39 @@ class TinyConfig(BackboneConfig, former=("TinyBackbone",)):
         coordinates: append two channels with each pixel's place.
     """
 
-    widths: tuple[Width, ...] = (32, 64, 128)
-    strides: tuple[Width, ...] = (4, 8, 16)
+    widths: Stages = (32, 64, 128)
+    strides: Stages = (4, 8, 16)
     coordinates: bool = False
+
+    def check_pairs(self) -> None:
+        """A stride for each width, each a multiple of the one before."""
+        check_stages(self.widths, self.strides)
 
     def build(self) -> TinyBackbone:
         """Return it with fresh weights."""
         return TinyBackbone(self.widths, self.strides, self.coordinates)
+
+# %% ../nbs/08_model.ipynb #9542032a
+ResNetName = Literal[
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]
+
+
+def check_dilation(name: str, dilation: bool) -> None:
+    """Refuse a last stage that dilates where torchvision's blocks cannot."""
+    if dilation and name in ("resnet18", "resnet34"):
+        raise ConfigError(
+            "dilation", f"is True: {name} cannot dilate, resnet50 and larger ones can"
+        )
 
 # %% ../nbs/08_model.ipynb #08f00012
 @dataclass(frozen=True)
@@ -677,9 +794,13 @@ class ResNetConfig(BackboneConfig, former=("ResNet",)):
         pretrained: start from ImageNet's weights, which are fetched once.
     """
 
-    name: str = "resnet50"
+    name: ResNetName = "resnet50"
     dilation: bool = False
     pretrained: bool = True
+
+    def check_pairs(self) -> None:
+        """Blocks of two convolutions cannot dilate."""
+        check_dilation(self.name, self.dilation)
 
     def build(self) -> ResNet:
         """Return it."""
@@ -742,6 +863,11 @@ class DETRConfig(ModelConfig):
     pre_norm: bool = False
     temperature: Positive = 10000
     aux_loss: bool = True
+
+    def check_pairs(self) -> None:
+        """Heads share the width; a machine can hold the model."""
+        sizes = (self.dim_feedforward, self.enc_layers, self.dec_layers)
+        check_widths(self.hidden_dim, self.nheads, *sizes)
 
     def architecture(self) -> "DETRConfig":
         """The same without what only says how it starts."""
@@ -1055,8 +1181,8 @@ class TinyModel(ModelConfig):
     """
 
     num_queries: QueryCount = 16
-    widths: tuple[Width, ...] = (32, 64, 128)
-    strides: tuple[Width, ...] = TINY_STRIDES
+    widths: Stages = (32, 64, 128)
+    strides: Stages = TINY_STRIDES
     hidden_dim: Width = 128
     nheads: Width = 4
     enc_layers: Layers = 1
@@ -1065,6 +1191,12 @@ class TinyModel(ModelConfig):
     dropout: Fraction = 0.0
     pre_norm: bool = True
     temperature: Positive = 20
+
+    def check_pairs(self) -> None:
+        """Strides fit stages, heads share the width, a machine can hold the model."""
+        check_stages(self.widths, self.strides)
+        sizes = (self.dim_feedforward, self.enc_layers, self.dec_layers)
+        check_widths(self.hidden_dim, self.nheads, *sizes)
 
     def build(self, num_classes: int) -> DETR:
         """Make the model with fresh weights."""
@@ -1089,7 +1221,7 @@ class ResNetModel(ModelConfig):
         dropout: share dropped in training.
     """
 
-    backbone: str = "resnet50"
+    backbone: ResNetName = "resnet50"
     dilation: bool = False
     pretrained_backbone: bool = True
     num_queries: QueryCount = 100
@@ -1099,6 +1231,12 @@ class ResNetModel(ModelConfig):
     dec_layers: Depth = 6
     dim_feedforward: Width = 2048
     dropout: Fraction = 0.1
+
+    def check_pairs(self) -> None:
+        """Blocks can dilate, heads share the width, a machine can hold the model."""
+        check_dilation(self.backbone, self.dilation)
+        sizes = (self.dim_feedforward, self.enc_layers, self.dec_layers)
+        check_widths(self.hidden_dim, self.nheads, *sizes)
 
     def build(self, num_classes: int) -> DETR:
         """Make the model; everything but the backbone has fresh weights."""
@@ -1159,6 +1297,7 @@ class DETRDemo(nn.Module):
         pretrained_backbone: bool = False,
     ):
         super().__init__()
+        check_widths(hidden_dim, nheads, 2048, enc_layers, dec_layers)
         self.backbone = resnet50()
         del self.backbone.fc, self.backbone.avgpool
         if pretrained_backbone:
@@ -1191,6 +1330,7 @@ class DETRDemo(nn.Module):
                 fit.
         """
         check_images(images, pad)
+        check_numbers(images, self.conv.weight)
         if pad is not None and pad.any():
             raise ValueError(
                 "the demonstration model cannot ignore padding: give it images of equal"

@@ -6,8 +6,9 @@
 __all__ = ['parameter_groups', 'freeze', 'rate_groups', 'Muon', 'optimizer_groups']
 
 # %% ../nbs/93_optimizer.ipynb #93aa0005
+import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from jaxtyping import Float
@@ -65,6 +66,18 @@ def parameters_in(model: nn.Module, part: str) -> list[nn.Parameter]:
         )
     return found
 
+# %% ../nbs/93_optimizer.ipynb #50897e76
+def check_trainable(model: object, parts: Iterable[str]) -> None:
+    """Refuse what is no module, and parts that are no names."""
+    words = list(parts)
+    if not isinstance(model, nn.Module) or not all(
+        isinstance(part, str) for part in words
+    ):
+        raise ValueError(
+            f"give a model and names of its parts, not {type(model).__name__} and"
+            f" {words}"
+        )
+
 # %% ../nbs/93_optimizer.ipynb #01872a89
 def freeze(model: nn.Module, *parts: str) -> nn.Module:
     """Let all parameters of some parts stay as they are from now on.
@@ -82,6 +95,7 @@ def freeze(model: nn.Module, *parts: str) -> nn.Module:
     Raises:
         ValueError: if a part does not exist.
     """
+    check_trainable(model, parts)
     for parameter in [
         parameter for part in parts for parameter in parameters_in(model, part)
     ]:
@@ -106,6 +120,14 @@ def rate_groups(model: nn.Module, rates: Mapping[str, Number]) -> list[dict]:
     Raises:
         ValueError: if a part does not exist, or a parameter that learns lies in none.
     """
+    check_trainable(model, rates)
+    for part, rate in rates.items():
+        if isinstance(rate, bool) or not (
+            isinstance(rate, int | float) and 0 <= rate < math.inf
+        ):
+            raise ValueError(
+                f"the rate of {part!r} is {rate!r}: it must be a number of at least 0"
+            )
     groups: dict[str, list[Tensor]] = {
         part: [] for part in sorted(rates, key=len, reverse=True)
     }
@@ -113,12 +135,13 @@ def rate_groups(model: nn.Module, rates: Mapping[str, Number]) -> list[dict]:
         parameters_in(model, part)
     for name, parameter in model.named_parameters():
         part = next((part for part in groups if inside(name, part)), None)
-        if part is not None and rates[part] == 0:
-            parameter.requires_grad_(False)
         if parameter.requires_grad and part is None:
             raise ValueError(f"no rate for {name}: give one to '', the whole model")
         if parameter.requires_grad:
             groups[part].append(parameter)
+    for part in [part for part in groups if rates[part] == 0]:
+        for parameter in groups.pop(part):
+            parameter.requires_grad_(False)
     return [
         {"name": part, "params": found, "lr": rates[part]}
         for part, found in groups.items()

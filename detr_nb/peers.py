@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
+from .attention import MultiHeadAttention
 from .boxes import cxcywh_to_xyxy, scale_boxes
 from .data import Batch
 from .losses import SetCriterion
 from .measuring import Row, default_device, interleaved, rows_of
 from .model import detr_resnet18, detr_resnet50, detr_tiny
 from .notation import Number, Output, Target
+from .transformer import FeedForward
 
 # %% ../nbs/96_peers.ipynb #78dc283c
 @dataclass(frozen=True)
@@ -207,6 +209,17 @@ def hugging_face(backbone: str, dropout: Number = 0.1) -> Peer:
 
     return Peer(model, loss, predict)
 
+# %% ../nbs/96_peers.ipynb #ca70514c
+def ours_without_two_dropouts(backbone: str) -> Peer:
+    """Ours without the dropouts that Hugging Face's configuration leaves out."""
+    peer = ours(backbone)
+    for part in peer.model.modules():
+        if isinstance(part, MultiHeadAttention):
+            part.dropout = 0.0
+        elif isinstance(part, FeedForward):
+            part[2].p = 0.0
+    return peer
+
 # %% ../nbs/96_peers.ipynb #147d3c86
 def faster_rcnn_model(backbone: str) -> FasterRCNN:
     """Torchvision's model; stem and first stage frozen, as in DETR."""
@@ -253,6 +266,7 @@ BUILDERS: Mapping[str, Callable[[str], Peer]] = {
     HF: hugging_face,
     "ours": ours,
     f"{HF}, two dropouts off": partial(hugging_face, dropout=0.0),
+    "ours, two dropouts off": ours_without_two_dropouts,
     "Faster R-CNN": faster_rcnn,
 }
 

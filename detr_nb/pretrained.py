@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import singledispatch
 from pathlib import Path
 
+import numpy as np
 import torch
-from jaxtyping import UInt8
+from PIL import Image
 from torch import Tensor, nn
 
 from detr_nb.checkpoints import (
@@ -24,7 +25,7 @@ from detr_nb.checkpoints import (
     rename,
     split_stacked,
 )
-from .checks import read_image
+from .checks import as_picture
 from .config import ModelConfig
 from .evaluation import evaluation_mode
 from .hub import with_twins
@@ -389,11 +390,27 @@ def pretrained_model(source: str | Path | None = None) -> DETR | DETRDemo:
     checkpoint = open_checkpoint(source)
     return load_checkpoint(fresh_model(checkpoint), checkpoint, source).eval()
 
+# %% ../nbs/14_pretrained.ipynb #14bb0020
+def check_found(found: Mapping[str, Tensor]) -> None:
+    """Refuse detections that are no numbers, which every threshold would hide."""
+    for name in ("scores", "boxes"):
+        if not found[name].isfinite().all():
+            raise ValueError(
+                f"the model's {name} are not finite: its weights are probably NaN; load"
+                " them again, from a checkpoint before the loss became NaN"
+            )
+
+
+def check_threshold(threshold: Number) -> None:
+    """Refuse what no score can be compared with."""
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold is {threshold}: give a score, from 0 to 1")
+
 # %% ../nbs/14_pretrained.ipynb #14bb0004
 @torch.no_grad()
 def predict_image(
     model: DETR | DETRDemo,
-    image: str | Path | UInt8[Tensor, "3 y x"],
+    image: str | Path | Image.Image | np.ndarray | Tensor,
     threshold: Number | None = None,
 ) -> dict[str, Tensor | list[str]]:
     """What a model finds in one picture. The model stays on its device and keeps its
@@ -401,7 +418,8 @@ def predict_image(
 
     Args:
         model: with weights; its `preprocess`, `threshold` and `names` are used.
-        image: a file, or colours from 0 to 255.
+        image: a file; a Pillow image; bytes with the colours last as an array, or with
+            the colours first as a tensor (uint8, red first; `read_image` gives it).
         threshold: lowest score that counts, from 0 to 1; the model's own if left out.
 
     Returns:
@@ -409,13 +427,18 @@ def predict_image(
         none; and `boxes`, xyxy in pixels of the picture. Tensors are on the CPU.
 
     Raises:
-        DataError: if the file is missing, no picture, or cut off.
+        DataError: if the file is missing, no picture, cut off or too large.
+        TypeError: if the image is of another type.
+        ValueError: if the image holds no bytes or has another shape, the threshold is
+            no score, or what the model says is not finite.
     """
-    picture = image if isinstance(image, Tensor) else read_image(image)
+    least = model.threshold if threshold is None else threshold
+    check_threshold(least)
+    picture = as_picture(image)
     with evaluation_mode(model):
         out = model(model.preprocess(picture)[None].to(next(model.parameters())))
     (found,) = model.postprocess(out, [tuple(picture.shape[1:])])
-    least = model.threshold if threshold is None else threshold
+    check_found(found)
     order = found["scores"].argsort(descending=True, stable=True)
     found = {
         key: value[order][found["scores"][order] >= least].cpu()

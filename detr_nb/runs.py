@@ -6,13 +6,15 @@
 __all__ = ['save_atomically', 'Length', 'Run', 'Callback', 'Terminated', 'describe_run', 'write_record']
 
 # %% ../nbs/86_runs.ipynb #210275d1
+import hashlib
 import json
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,8 +24,10 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from tqdm.auto import tqdm
 
 from .config import Config, ConfigError, config_text, text_config
+from .files import append_line, json_text, locked, replacing
 from .hub import describe
 from .measuring import describe_machine, device_memory_mb, peak_memory_mb
 from .notation import Number
@@ -40,23 +44,11 @@ def save_atomically(state: dict, path: Path) -> None:
     Raises:
         OSError: if it cannot be written; what was there before is as it was.
     """
-    half_written = path.with_suffix(".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(half_written, "wb") as file:
+    with replacing(path, "wb") as file:
+        try:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        half_written.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's writer turns one into the other
-        if path.parent.is_dir():
-            half_written.unlink(missing_ok=True)
-        there = path.is_file()
-        kept = "the one before it is unharmed" if there else "there is none before it"
-        raise OSError(
-            f"{path} could not be written ({error}); {kept}. Make room on the disk, or"
-            " give a folder that may be written to, and start the same run again"
-        ) from error
+        except RuntimeError as error:  # torch's writer turns one into the other
+            raise OSError(str(error)) from error
 
 # %% ../nbs/86_runs.ipynb #0cf3af25
 def all_reduce_mean(
@@ -112,6 +104,25 @@ class Length:
             return min(seconds / (60 * self.minutes), 1.0)
         return min(step / self.steps, 1.0)
 
+# %% ../nbs/86_runs.ipynb #86fa0002
+@contextmanager
+def deaths_delayed() -> Iterator[None]:
+    """While the block runs, the news of a process that has ended waits."""
+    number = getattr(signal, "SIGCHLD", None)  # Windows has none
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(number) if number and main else None
+    if not callable(handler):
+        yield
+        return
+    came = []
+    signal.signal(number, lambda *news: came.append(news))
+    try:
+        yield
+    finally:
+        signal.signal(number, handler)
+        if came:
+            handler(*came[0])
+
 # %% ../nbs/86_runs.ipynb #bdbe735f
 @dataclass
 class Run:
@@ -133,11 +144,16 @@ class Run:
         seconds: training time so far: steps and their data, no evaluation.
         scale: of the pictures at the moment.
         stopping: whether all processes shall end after this step.
+        changing: whether weights and moments are being changed: half of either may be
+            new.
+        moved: whether the step of the moment has changed them.
+        postponed: whether the evaluation of the last step is still to be made.
         history: rows of the log: step, seconds, mean losses since the last row, metrics
             of an evaluation.
         parts: seconds by part of a step.
         averages: losses since the last row.
         pending: what the next row will hold besides them.
+        data: what the data were when the run began, in short.
     """
 
     config: Config
@@ -154,10 +170,14 @@ class Run:
     seconds: float = 0.0
     scale: Number = 1
     stopping: bool = False
+    changing: bool = False
+    moved: bool = False
+    postponed: bool = False
     history: list[dict] = field(default_factory=list)
     parts: dict[str, float] = field(default_factory=dict)
     averages: Averages = field(default_factory=Averages)
     pending: dict[str, dict] = field(default_factory=dict)
+    data: str = ""
 
     @property
     def shown(self) -> nn.Module:
@@ -179,12 +199,24 @@ class Run:
     @contextmanager
     def counted_step(self) -> Iterator[None]:
         """Count the block as one step, and its time, on which all processes agree."""
-        begun = time.perf_counter()
-        yield
-        self.step += 1
+        begun, self.moved = time.perf_counter(), False
+        try:
+            yield
+            self.moved = True
+        finally:  # a step that an error ends counts if it has changed the weights
+            self.step += self.moved
         [self.seconds] = all_reduce_mean(
             self.accelerator, self.seconds + time.perf_counter() - begun
         )
+
+    @contextmanager
+    def change(self) -> Iterator[None]:
+        """The block changes weights, moments and averages: all of them, or the run is
+        not fit to be saved."""
+        with deaths_delayed():
+            self.changing = True
+            yield
+            self.changing, self.moved = False, True
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one number of the log: a loss, or a metric such as AP."""
@@ -207,6 +239,76 @@ class Run:
         )
         return f"step {self.step}{loss}{ap} {speed:.0f} images/s"
 
+# %% ../nbs/86_runs.ipynb #be8d599c
+def write_header(run: Run) -> None:
+    """Make the run's folder, write its configuration there, as config.yaml, and the log
+    as far as the run has come."""
+    if run.folder and run.accelerator.is_main_process:
+        try:
+            with replacing(run.folder / "config.yaml") as file:
+                file.write(config_text(run.config))
+            with replacing(run.folder / "log.jsonl") as file:
+                file.writelines(json_text(row) + "\n" for row in run.history)
+        except OSError as error:
+            raise OSError(
+                f"folder {run.folder} cannot be written to ({error}): give another one"
+            ) from error
+
+
+def mend_folder(run: Run) -> None:
+    """Make the run's folder again if somebody has deleted it in the meantime."""
+    if not (run.folder / "config.yaml").exists():
+        tqdm.write(
+            f"folder {run.folder}, or its config.yaml, was deleted while the run wrote"
+            " there: it is made again",
+            file=sys.stderr,
+        )
+        write_header(run)
+
+# %% ../nbs/86_runs.ipynb #86fa000b
+def foreign_part(folder: Path, kind: type[Config]) -> str:
+    """What in a folder is not a run's; empty if nothing is."""
+    for name in ("config.yaml", "log.jsonl", "checkpoint.pt"):
+        if (folder / name).is_dir():
+            return f"{name} is a folder"
+    if (folder / "model.safetensors").exists():
+        return "a saved model is there, model.safetensors"
+    if (folder / "checkpoint.pt").exists():
+        return ""  # `resume_run` looks at it closely
+    try:
+        if (folder / "config.yaml").exists():
+            text_config(kind, (folder / "config.yaml").read_text("utf8"))
+        elif (folder / "log.jsonl").exists():
+            with (folder / "log.jsonl").open(encoding="utf8") as file:
+                if (line := file.readline()).strip():
+                    json.loads(line)["step"]
+    except (KeyError, TypeError, ValueError) as error:  # ConfigError is one of these
+        return f"its config.yaml or log.jsonl is not of a run of ours ({error})"
+    return ""
+
+# %% ../nbs/86_runs.ipynb #86fa000c
+@contextmanager
+def held_folder(
+    folder: Path | None, kind: type[Config], accelerator: Accelerator
+) -> Iterator[None]:
+    """Make a run's folder, and hold it while the block runs: one run, all its
+    processes."""
+    if not folder or not accelerator.is_main_process:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"folder {folder} cannot be written to ({error}): give another one"
+        ) from error
+    if reason := foreign_part(folder, kind):
+        raise ValueError(f"{folder}: {reason}. Give another folder for this run")
+    with locked(folder, "a run's folder"):
+        for rest in folder.glob(".*.part"):  # of a process that was killed
+            rest.unlink(missing_ok=True)
+        yield
+
 # %% ../nbs/86_runs.ipynb #9fefa6d8
 def described(model: nn.Module) -> dict[str, object] | None:
     """What chapter 81 says of a model's architecture; None if it cannot."""
@@ -217,6 +319,7 @@ def described(model: nn.Module) -> dict[str, object] | None:
 
 # %% ../nbs/86_runs.ipynb #69efefe7
 PROGRESS = ("step", "skipped", "seconds", "history", "parts")  # how far a run has come
+SINCE = ("scale", "postponed", "data")  # older checkpoints lack these
 
 
 def run_state(run: Run) -> dict[str, object]:
@@ -229,7 +332,7 @@ def run_state(run: Run) -> dict[str, object]:
         "averaged_steps": int(run.averaged.n_averaged) if run.averaged else 0,
         "optimizer": run.optimizer.state_dict(),
         "averages": run.averages.state_dict(),
-        **{name: getattr(run, name) for name in (*PROGRESS, "epoch_steps")},
+        **{name: getattr(run, name) for name in (*PROGRESS, *SINCE, "epoch_steps")},
         "config": config_text(run.config),
         "names": shown.names,
         "category_ids": shown.category_ids,
@@ -249,7 +352,30 @@ def save_run(run: Run) -> None:
         zip(sums, all_reduce_mean(run.accelerator, *sums.values()), strict=True)
     )
     if run.accelerator.is_main_process:
+        mend_folder(run)
         save_atomically(run_state(run), run.folder / "checkpoint.pt")
+
+
+def rescue(run: Run) -> None:
+    """Save a run that an error ends, in this process alone, and say what was saved."""
+    if not run.folder or not run.accelerator.is_main_process:
+        return
+    told = (
+        f"the {run.step} steps so far are saved in {run.folder}: the same run, started"
+        " again, goes on from there"
+    )
+    if run.changing:
+        told = (
+            f"the error came while step {run.step} changed the weights: nothing was"
+            f" saved since the last checkpoint in {run.folder}"
+        )
+    else:
+        try:
+            mend_folder(run)
+            save_atomically(run_state(run), run.folder / "checkpoint.pt")
+        except OSError as error:
+            told = str(error)
+    tqdm.write(told, file=sys.stderr)
 
 # %% ../nbs/86_runs.ipynb #321ead31
 EXECUTION_SETTINGS = {  # settings that say how a run is carried out, not what it computes
@@ -277,20 +403,95 @@ def reproducible_settings(config: Config) -> dict[str, object]:
         if name not in EXECUTION_SETTINGS
     }
 
+# %% ../nbs/86_runs.ipynb #86fa0008
+LABELS = ("*.txt", "*.xml", "*.yaml", "*/*.txt", "*/*.xml", "*/*/*.txt")
+
+
+def described_file(path: Path) -> bytes:
+    """The hash of a file's bytes, or the names and sizes of a folder's label files."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "blake2b").digest()
+    found = sorted({file for pattern in LABELS for file in path.glob(pattern)})
+    rows = [(str(file.relative_to(path)), file.stat().st_size) for file in found]
+    return repr(rows).encode()
+
+
+def data_fingerprint(config: Config, images: int) -> str:
+    """The data of a run in a few letters: how many images, and a hash of the files that
+    its settings name."""
+    total = hashlib.blake2b(digest_size=6)
+    for name, value in sorted(config.flat().items()):
+        place = Path(value) if isinstance(value, str | Path) and value else None
+        if name.startswith("data.") and name != "data.cache" and place is not None:
+            with suppress(OSError, ValueError):
+                total.update(described_file(place) if place.exists() else b"")
+    return f"{images} images, files {total.hexdigest()}"
+
+# %% ../nbs/86_runs.ipynb #86fa0004
+NEEDED = {"model": dict, "optimizer": dict, "averages": dict, "history": list}
+NEEDED |= {"parts": dict, "step": int, "skipped": int, "seconds": float | int}
+NEEDED |= {"averaged_steps": int, "raw_model": dict | None, "epoch_steps": int}
+
+
+def missing_part(state: dict) -> str:
+    """What a state lacks that a run needs to go on, or holds in another form; empty if
+    nothing."""
+    for name, kind in {"config": str, **NEEDED}.items():
+        if name not in state:
+            return f"it has no {name!r}"
+        if not isinstance(state[name], kind):
+            return f"its {name!r} is a {type(state[name]).__name__}"
+    return ""
+
+
+def not_finite_part(value: object, name: str = "") -> str:
+    """The name of the first tensor that is not finite in nested dictionaries; empty if
+    all are."""
+    if isinstance(value, Tensor):
+        return "" if value.isfinite().all() else name
+    if not isinstance(value, dict):
+        return ""
+    found = (not_finite_part(v, f"{name}.{k}".strip(".")) for k, v in value.items())
+    return next(filter(None, found), "")
+
 # %% ../nbs/86_runs.ipynb #1051a871
+def unusable(path: Path, reason: str) -> ValueError:
+    """The complaint about a checkpoint from which nothing can go on."""
+    return ValueError(
+        f"{path} ({os.path.getsize(path)} bytes) cannot be read as a checkpoint:"
+        f" {reason}. Put a copy in its place, or delete it to start anew"
+    )
+
+
 def read_state(path: Path) -> dict:
-    """What `save_run` wrote."""
+    """What `save_run` wrote, if a run can go on from it."""
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
-        return {"config": state["config"], "epoch_steps": state["epoch_steps"], **state}
-    except (
-        Exception
-    ) as error:  # what a damaged file raises depends on where it is damaged
-        raise ValueError(
-            f"{path} ({os.path.getsize(path)} bytes) cannot be read as a checkpoint: it"
-            " is damaged or of another program. Put a copy in its place, or delete it"
-            " to start anew"
-        ) from error
+    # what a damaged file raises depends on where it is damaged
+    except Exception as error:
+        raise unusable(path, "it is damaged or of another program") from error
+    if not isinstance(state, dict):
+        raise unusable(path, "it is of another program")
+    if reason := missing_part(state):
+        raise unusable(path, reason)
+    weights = {name: state[name] for name in ("model", "raw_model", "optimizer")}
+    if bad := not_finite_part(weights):
+        raise unusable(path, f"{bad} holds numbers that are not finite")
+    return state
+
+# %% ../nbs/86_runs.ipynb #86fa0005
+def longer(other: Sequence[str], path: Path) -> str:
+    """What to do if runs differ in their length alone: the rate falls to its end with
+    the length, so the longer run is another one."""
+    lengths = tuple(f"  {name}:" for name in ("steps", "epochs", "minutes"))
+    if not all(line.startswith(lengths) for line in other):
+        return ""
+    return (
+        ". A longer run is another run, for its rates fall more slowly; to learn on from"
+        " these weights, give another folder, with --model FineTuned --model.weights"
+        f" {path.parent}"
+    )
 
 # %% ../nbs/86_runs.ipynb #3c86b2f5
 def check_same_run(run: Run, state: dict, path: Path) -> None:
@@ -316,40 +517,58 @@ def check_same_run(run: Run, state: dict, path: Path) -> None:
     if other:
         first = f"{path} belongs to another configuration:"
         last = "Choose another folder, or delete this one to start anew"
-        raise ValueError("\n".join([first, *other, last]))
+        raise ValueError("\n".join([first, *other, last + longer(other, path)]))
+
+# %% ../nbs/86_runs.ipynb #86fa0006
+def check_moments(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Refuse moments of other shapes than the parameters, which torch would take."""
+    ours = [p for group in optimizer.param_groups for p in group["params"]]
+    theirs = [number for group in state["param_groups"] for number in group["params"]]
+    for parameter, number in zip(ours, theirs, strict=True):
+        for name, value in state["state"].get(number, {}).items():
+            if (
+                isinstance(value, Tensor)
+                and value.ndim
+                and value.shape != parameter.shape
+            ):
+                raise ValueError(
+                    f"optimizer: {name} of parameter {number} has the shape"
+                    f" {tuple(value.shape)} in place of {tuple(parameter.shape)}"
+                )
 
 # %% ../nbs/86_runs.ipynb #e90a94ff
+def load_state(run: Run, state: dict) -> None:
+    """Give a run the weights, moments and numbers of a state."""
+    run.model.load_state_dict(state["raw_model"] or state["model"])
+    if run.averaged:
+        run.averaged.module.load_state_dict(state["model"])
+        run.averaged.n_averaged.fill_(state["averaged_steps"])
+    check_moments(run.optimizer, state["optimizer"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.averages.load_state_dict(state["averages"])
+    for name in (*PROGRESS, *SINCE):
+        setattr(run, name, state.get(name, getattr(run, name)))
+
+
 def resume_run(run: Run) -> None:
     """Go back to the checkpoint in the run's folder, if there is one."""
     path = run.folder / "checkpoint.pt" if run.folder else None
     if not path or not path.exists():
         return
-    state = read_state(path)
+    state, data = read_state(path), run.data
     check_same_run(run, state, path)
-    run.model.load_state_dict(state["raw_model"] or state["model"])
-    if run.averaged:
-        run.averaged.module.load_state_dict(state["model"])
-        run.averaged.n_averaged.fill_(state["averaged_steps"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.averages.load_state_dict(state["averages"])
-    for name in PROGRESS:
-        setattr(run, name, state[name])
-
-# %% ../nbs/86_runs.ipynb #be8d599c
-def write_header(run: Run) -> None:
-    """Make the run's folder, write its configuration there, as config.yaml, and the log
-    as far as the run has come."""
-    if run.folder and run.accelerator.is_main_process:
-        try:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            (run.folder / "config.yaml").write_text(config_text(run.config))
-            (run.folder / "log.jsonl").write_text(
-                "".join(json.dumps(row) + "\n" for row in run.history)
-            )
-        except OSError as error:
-            raise OSError(
-                f"folder {run.folder} cannot be written to ({error}): give another one"
-            ) from error
+    try:
+        load_state(run, state)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"its parts do not fit this run ({error})"
+        raise unusable(path, reason) from error
+    if data and run.data and data != run.data:
+        tqdm.write(
+            f"the data have changed since {path} was written: {run.data} then, {data}"
+            " now; the run goes on with them as they are now",
+            file=sys.stderr,
+        )
+    run.data = data
 
 # %% ../nbs/86_runs.ipynb #86ca0001
 class Callback:
@@ -371,11 +590,12 @@ class Callback:
 def log_row(run: Run, row: dict[str, object]) -> None:
     """Add a row to the history, and to `log.jsonl` if the run has a folder."""
     row = {"step": run.step, "seconds": round(run.seconds, 2), **row}
+    writes = run.folder and run.accelerator.is_main_process
+    if writes:
+        mend_folder(run)
     run.history.append(row)
-    if run.folder and run.accelerator.is_main_process:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        with open(run.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+    if writes:
+        append_line(run.folder / "log.jsonl", json_text(row))
 
 # %% ../nbs/86_runs.ipynb #e4a549c1
 def flat_metrics(metrics: dict[str, float | dict[str, float]]) -> dict[str, float]:
@@ -396,7 +616,18 @@ def find_accelerator(trackers: Sequence[str] = (), folder: str = "") -> Accelera
                 f"trackers: {name!r} is not installed or not known: pip install it, or"
                 f" choose of {known}"
             )
-    return Accelerator(log_with=list(trackers) or None, project_dir=folder or None)
+    wanted = int(os.environ.get("WORLD_SIZE") or 1)
+    on_cpu = wanted > 1 and not torch.cuda.is_available()
+    accelerator = Accelerator(
+        cpu=on_cpu, log_with=list(trackers) or None, project_dir=folder or None
+    )
+    if accelerator.num_processes != wanted:
+        raise ValueError(
+            f"WORLD_SIZE: {wanted} processes were started, but accelerate sees"
+            f" {accelerator.num_processes}, so each would train by itself: start one"
+            " process, or set ACCELERATE_USE_CPU=true if there is no graphics card"
+        )
+    return accelerator
 
 # %% ../nbs/86_runs.ipynb #17f8e4df
 @contextmanager
@@ -426,7 +657,7 @@ class Log(Callback):
         """Every process takes part in the means; one writes."""
         if losses:
             run.averages.add(losses)
-        if not run.pending and run.step % self.every:
+        if run.postponed or (not run.pending and run.step % self.every):
             return
         means = run.averages.take()
         agreed = all_reduce_mean(run.accelerator, *means.values())
@@ -449,11 +680,32 @@ class Terminated(SystemExit):
         super().__init__(128 + signal.SIGTERM)
 
 # %% ../nbs/86_runs.ipynb #9f2bbad4
+class Interrupted(BaseException):
+    """A signal has come while work was done that can be done again."""
+
+
 class SignalHandler:
     """A signal that has come and waits to be acted on."""
 
     def __init__(self):
         self.told = 0  # its number; 0 before one has come
+        self.cuts = False  # whether the next one ends what is being done
+
+    def take(self, number: int) -> None:
+        """A signal comes."""
+        self.told = number
+        if self.cuts:
+            raise Interrupted
+
+    def until_told(self, work: Callable[[], dict]) -> dict:
+        """What the work gives; `Interrupted` if a signal has come or comes."""
+        self.cuts = True
+        try:
+            if self.told:
+                raise Interrupted
+            return work()
+        finally:
+            self.cuts = False
 
     def leave(self) -> None:
         """End the process as the signal asks."""
@@ -467,8 +719,8 @@ def handle_signals() -> Iterator[SignalHandler]:
     note, before = SignalHandler(), {}
 
     def take(number: int, _frame: object) -> None:
-        note.told = number
         signal.signal(number, before[number])
+        note.take(number)
 
     if threading.current_thread() is threading.main_thread():
         before = {
@@ -486,11 +738,19 @@ class Signals(Callback):
     """SIGTERM and Ctrl-C end the run after the step in which they come, in all
     processes."""
 
+    def __init__(self):
+        self.handler = SignalHandler()
+
     @contextmanager
     def around(self, run: Run) -> Iterator[None]:
         """Leave as the signal asks when everything is saved."""
         with handle_signals() as self.handler:
-            yield
+            try:
+                yield
+            except RuntimeError as error:  # the same signal may have ended a worker
+                if not self.handler.told or "DataLoader worker" not in str(error):
+                    raise
+                run.stopping = True
             if run.stopping:
                 self.handler.leave()
 
@@ -499,26 +759,72 @@ class Signals(Callback):
         [told] = all_reduce_mean(run.accelerator, self.handler.told > 0)
         run.stopping = told > 0
 
+    def between_steps(
+        self, run: Run, losses: dict[str, Tensor] | None, work: Callable[[], dict]
+    ) -> dict | None:
+        """What long work after a step gives; None if a signal ends it, and then it is
+        made when the run goes on."""
+        run.postponed, several = True, run.accelerator.num_processes > 1
+        try:
+            if run.stopping:
+                return None
+            if several:
+                save_run(run)
+            found = work() if several else self.handler.until_told(work)
+        except Interrupted:
+            run.stopping = True
+            return None
+        except Exception:
+            if losses:
+                run.averages.add(losses)  # the log, which does it, is not reached
+            raise
+        run.postponed = False
+        return found
+
 # %% ../nbs/86_runs.ipynb #86ca0005
 @dataclass
 class Checkpoint(Callback):
-    """A checkpoint every so many seconds of training, at the end, and when the run is
-    told to stop."""
+    """A checkpoint every so many seconds of training, at the end, when the run is told
+    to stop, and when an error ends it."""
 
     every: Number
     saved: float = 0.0
+    saved_step: int = 0
 
-    def around(self, run: Run) -> AbstractContextManager:
+    @contextmanager
+    def around(self, run: Run) -> Iterator[None]:
         """A run that goes on was saved when it stopped."""
-        self.saved = run.seconds
-        return nullcontext()
+        self.saved, self.saved_step = run.seconds, run.step
+        try:
+            yield
+        except KeyboardInterrupt:  # the second one, which acts at once
+            raise
+        except BaseException:
+            if run.step > self.saved_step:
+                rescue(run)
+            raise
 
     def after_step(self, run: Run, losses: dict[str, Tensor] | None) -> None:
         """Save, if it is time to."""
         due = run.seconds - self.saved >= self.every
         if due or run.stopping or run.progress == 1:
+            self.saved, self.saved_step = run.seconds, run.step
             save_run(run)
-            self.saved = run.seconds
+
+# %% ../nbs/86_runs.ipynb #86fa0011
+@dataclass
+class CatchUp(Callback):
+    """Work after a step that a signal or an error has cut is done when the run goes
+    on."""
+
+    callbacks: Sequence[Callback]
+
+    def around(self, run: Run) -> AbstractContextManager:
+        """Stands last, so that the others are ready."""
+        if run.postponed:
+            for callback in self.callbacks:
+                callback.after_step(run, None)
+        return nullcontext()
 
 # %% ../nbs/86_runs.ipynb #bcf1e5f7
 def describe_run(run: Run, what: str, command: str) -> dict[str, object]:
@@ -555,7 +861,5 @@ def describe_run(run: Run, what: str, command: str) -> dict[str, object]:
 
 def write_record(run: Run, what: str, command: str, path: Path) -> None:
     """Write `describe_run` as a small JSON file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        json.dumps(describe_run(run, what, command), indent=1, default=str) + "\n"
-    )
+    with replacing(path) as file:
+        file.write(json_text(describe_run(run, what, command), indent=1) + "\n")

@@ -18,7 +18,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .boxes import xyxy_to_cxcywh
-from .config import Amount, Config, Count, Scale, Share, Within
+from detr_nb.config import (
+    Amount,
+    Config,
+    ConfigError,
+    Scale,
+    Seed,
+    Share,
+    Within,
+    checked_arguments,
+)
 from .notation import Number, Target, forward_names
 
 # %% ../nbs/04_shapes.ipynb #30d42b48
@@ -42,16 +51,23 @@ class SceneConfig(Config):
     """
 
     size: Annotated[int, Within(8, 2**13)] = 128
-    classes: Count = 6
-    min_objects: Amount = 1
+    classes: Annotated[int, Within(1, 8)] = 6
+    min_objects: Annotated[int, Within(0, 255)] = 1
     max_objects: Annotated[int, Within(0, 255)] = 10  # numbers that a byte can hold
     min_side: Scale = 0.08
     max_side: Scale = 0.5
     max_overlap: Share = 0.3
-    clutter: Amount = 6
+    clutter: Annotated[int, Within(0, 1000)] = 6
     contrast: Share = 0.35
     noise: Share = 0.03
     stripes: Share = 0.05
+
+    def check_pairs(self) -> None:
+        """No range is inside out."""
+        for low, high in (("min_objects", "max_objects"), ("min_side", "max_side")):
+            least, most = getattr(self, low), getattr(self, high)
+            if least > most:
+                raise ConfigError(low, f"is {least}: it must be at most {high}={most}")
 
 
 EASY = SceneConfig(
@@ -156,6 +172,13 @@ def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     )
 
 # %% ../nbs/04_shapes.ipynb #096039b5
+def room_for(new: Thing, things: list[Thing], config: SceneConfig) -> bool:
+    """Whether an object overlaps none of the others too much."""
+    return all(
+        overlap(new.box_xyxy, old.box_xyxy) <= config.max_overlap for old in things
+    )
+
+
 def place(
     rng: np.random.Generator, config: SceneConfig, tries: int = 30
 ) -> list[Thing]:
@@ -164,12 +187,14 @@ def place(
     for _ in range(rng.integers(config.min_objects, config.max_objects + 1)):
         for _ in range(tries):
             new = propose(rng, config)
-            if all(
-                overlap(new.box_xyxy, old.box_xyxy) <= config.max_overlap
-                for old in things
-            ):
+            if room_for(new, things, config):
                 things.append(new)
                 break
+    missing = 1000 * (len(things) < config.min_objects)  # tries for those that must be
+    while missing and len(things) < config.min_objects:
+        new, missing = propose(rng, config), missing - 1
+        if room_for(new, things, config):
+            things.append(new)
     return sorted(
         things,
         key=lambda t: (t.box_xyxy[0] - t.box_xyxy[2]) * (t.box_xyxy[3] - t.box_xyxy[1]),
@@ -308,12 +333,12 @@ def make_scene(config: SceneConfig, seed: int, index: int) -> Scene:
         The picture and its truth.
 
     Raises:
-        ValueError: if there are more classes than shapes, or sides or numbers out of
-            order.
+        ValueError: if there is no room for `min_objects`.
     """
-    check_config(config)
     rng = np.random.default_rng((seed, index))
     image, things = background(rng, config), place(rng, config)
+    if len(things) < config.min_objects:
+        raise no_room(config, seed, index, len(things))
     add_clutter(rng, image, config)
     owner = np.zeros((config.size, config.size), np.uint8)
     for number, thing in enumerate(things, 1):
@@ -327,27 +352,14 @@ def make_scene(config: SceneConfig, seed: int, index: int) -> Scene:
         owner,
     )
 
-# %% ../nbs/04_shapes.ipynb #2c1e0806
-def check_config(config: SceneConfig) -> None:
-    """Refuse a configuration that cannot be drawn although each of its values may be."""
-    c = config
-    rules = {
-        "classes": (
-            c.classes <= len(NAMES),
-            f"there are {len(NAMES)} shapes, give 1 to {len(NAMES)}",
-        ),
-        "min_objects": (
-            c.min_objects <= c.max_objects,
-            f"give 0 to max_objects={c.max_objects}",
-        ),
-        "min_side": (
-            c.min_side <= c.max_side,
-            f"give more than 0, at most max_side={c.max_side}",
-        ),
-    }
-    for field, (kept, remedy) in rules.items():
-        if not kept:
-            raise ValueError(f"SceneConfig.{field}={getattr(c, field)}: {remedy}")
+# %% ../nbs/04_shapes.ipynb #0795f4c6
+def no_room(config: SceneConfig, seed: int, index: int, found: int) -> ConfigError:
+    """What is said of a scene into which fewer objects fit than it must have."""
+    return ConfigError(
+        "min_objects",
+        f"is {config.min_objects}: scene {index} of seed {seed} has room for {found};"
+        " give fewer, smaller sides, or a larger max_overlap",
+    )
 
 # %% ../nbs/04_shapes.ipynb #cb503735
 def scene_target(scene: Scene, index: int, masks: bool = False) -> Target:
@@ -403,15 +415,13 @@ class Scenes(Dataset):
         category_ids: raw id of each class in a COCO file, counted from 1.
 
     Raises:
-        ValueError: if the scenes cannot be drawn, or `count` or `seed` is negative.
+        ValueError: if `count` or `seed` is negative, or too large.
     """
 
+    @checked_arguments
     def __init__(
-        self, config: SceneConfig, count: int, seed: int, masks: bool = False
+        self, config: SceneConfig, count: Amount, seed: Seed, masks: bool = False
     ) -> None:
-        check_config(config)
-        if count < 0 or seed < 0:
-            raise ValueError(f"Scenes(count={count}, seed={seed}): give 0 or more")
         self.config, self.count, self.seed, self.masks = config, count, seed, masks
         self.names = list(NAMES[: config.classes])
         self.category_ids = list(range(1, config.classes + 1))

@@ -164,15 +164,22 @@ def running_means(model: nn.Module) -> list[Tensor]:
         for value in part.buffers()
     ]
 
+
+def take_back(model: nn.Module, kept: Sequence[Tensor]) -> None:
+    """Give batch norm the numbers that it had before."""
+    with torch.no_grad():
+        for value, before in zip(running_means(model), kept, strict=True):
+            value.copy_(before)
+
 # %% ../nbs/87_steps.ipynb #c89f4556
 def skip_or_raise(run: Run, reason: str, allowed: int) -> None:
     """Count a step that changed nothing; raise if there were more than are allowed."""
-    run.skipped += 1
-    if run.skipped > allowed:
+    if run.skipped >= allowed:
         raise NotFinite(
             f"{reason}. To go on without such batches, set skip_not_finite; it is"
             f" {allowed}"
         )
+    run.skipped += 1
     tqdm.write(
         f"skipped ({run.skipped} of at most {allowed}): {reason}", file=sys.stderr
     )
@@ -198,13 +205,16 @@ def checked_step(
             raise NotFinite("the gradient is not finite")
     except NotFinite:
         reason = explain_not_finite(run, parts, bf16)
-        for value, before in zip(running_means(run.model), kept, strict=True):
-            value.copy_(before)
+        take_back(run.model, kept)
         skip_or_raise(run, reason, allowed)
         return None
-    run.optimizer.step()
-    if run.averaged:
-        run.averaged.update_parameters(run.model)
+    except BaseException:
+        take_back(run.model, kept)
+        raise
+    with run.change():
+        run.optimizer.step()
+        if run.averaged:
+            run.averaged.update_parameters(run.model)
     return {**losses, "grad_norm": norm}
 
 # %% ../nbs/87_steps.ipynb #86ca0002

@@ -6,32 +6,53 @@
 __all__ = ['train_step', 'rate_factor', 'TrainConfig', 'read_config', 'loop', 'fit']
 
 # %% ../nbs/12_training.ipynb #bb39d379
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 import torch
 from accelerate import Accelerator
+from pydantic import Field as Limits
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from .checks import DataError
+from detr_nb.checks import (
+    FATAL,
+    DataError,
+    Problem,
+    Tally,
+    count_problems,
+    crowded,
+    summary,
+)
 from detr_nb.config import (
     Amount,
+    BatchSize,
     Config,
+    ConfigError,
     Count,
+    Epochs,
     Fraction,
     Minutes,
     ModelConfig,
+    Place,
     Positive,
+    PositiveRate,
+    PositiveWeight,
     Rate,
     Scale,
+    Seconds,
+    Seed,
     Share,
+    Text,
+    Weight,
     parse_config,
 )
 from .data import Batch
@@ -46,13 +67,16 @@ from .notation import Number, forward_names
 from .optimizer import Muon, optimizer_groups
 from detr_nb.runs import (
     Callback,
+    CatchUp,
     Checkpoint,
     Length,
     Log,
     Run,
     Signals,
+    data_fingerprint,
     find_accelerator,
     has_new_row,
+    held_folder,
     resume_run,
     write_header,
 )
@@ -214,51 +238,67 @@ class TrainConfig(Config):
         progress: show a progress bar, and a line an epoch.
     """
 
+    ALTERNATIVES: ClassVar = (("steps", "epochs", "minutes"),)
+
     data: DataConfig = field(default_factory=ShapesData)
     model: ModelConfig = field(default_factory=TinyModel)
     steps: Count = 5000
-    epochs: Positive | None = None
+    epochs: Epochs | None = None
     minutes: Minutes | None = None
-    batch_size: Count = 24
-    accumulate: Count = 1
-    lr: Rate = 1.5e-3
+    batch_size: BatchSize = 24
+    accumulate: BatchSize = 1
+    lr: PositiveRate = 1.5e-3
     lr_backbone: Rate = 1.5e-3
     lr_muon: Rate = 5e-3
     beta2: Fraction = 0.95
     weight_decay: Rate = 1e-4
     clip: Positive = 0.1
     warmup: Fraction = 0.03
-    drops: tuple[Share, ...] = ()
-    weight_ce: Positive = 5
-    final_weight_ce: Positive = 0.5
-    weight_bbox: Rate = 5
-    weight_giou: Rate = 2
-    cost_class: Rate = 1
-    cost_bbox: Rate = 5
-    cost_giou: Rate = 2
-    no_object_weight: Rate = 0.5
-    scales: tuple[tuple[Share, Scale], ...] = ((0.7, 0.75),)
+    drops: Annotated[tuple[Share, ...], Limits(max_length=100)] = ()
+    weight_ce: PositiveWeight = 5
+    final_weight_ce: PositiveWeight = 0.5
+    weight_bbox: Weight = 5
+    weight_giou: Weight = 2
+    cost_class: Weight = 1
+    cost_bbox: Weight = 5
+    cost_giou: Weight = 2
+    no_object_weight: Weight = 0.5
+    scales: Annotated[tuple[tuple[Share, Scale], ...], Limits(max_length=100)] = (
+        (0.7, 0.75),
+    )
     ema: Fraction = 0.0
     evaluations: Amount = 5
     bf16: bool = False
     compile: bool = False
     recompute: bool = False
-    seed: int = 0
+    seed: Seed = 0
     skip_not_finite: Amount = 0
-    folder: str = ""
-    save_every: Rate = 60
+    folder: Place = ""
+    save_every: Seconds = 60
     log_every: Count = 50
-    trackers: tuple[str, ...] = ()
+    trackers: tuple[Text, ...] = ()
     progress: bool = True
+
+    def check_pairs(self) -> None:
+        """One length, and something to match by."""
+        if self.epochs is not None and self.minutes is not None:
+            raise ConfigError(
+                "epochs",
+                f"is {self.epochs} and minutes is {self.minutes}: give one of the two",
+            )
+        if not self.cost_class + self.cost_bbox + self.cost_giou:
+            raise ConfigError(
+                "cost_class",
+                "is 0, and so are cost_bbox and cost_giou: give one of them",
+            )
 
 # %% ../nbs/12_training.ipynb #12de0005
 def read_config(words: Sequence[str]) -> TrainConfig:
     """The run that flags, or a file named by `--config`, describe.
 
     Raises:
-        ConfigError: naming a field whose value is not allowed.
-        SystemExit: if a word is no flag, or its value is of another type; the reason is
-            printed.
+        ConfigError: naming a field whose value is not allowed, or a word that is no
+            flag.
     """
     return parse_config(TrainConfig, words)
 
@@ -317,13 +357,16 @@ class Evaluation(Callback):
     dataset: Dataset
     times: int
     measure: Callable[..., dict] = evaluate
+    signals: Signals = field(default_factory=Signals)
 
     def after_step(self, run: Run, losses: dict[str, Tensor] | None) -> None:
         """Measure if the run has passed one more share, and leave it to the log."""
         done = sum("metrics" in row for row in run.history)
         if int(run.progress * self.times + 1e-9) > done:
-            metrics = evaluate_at(run.shown, self.dataset, run.scale, self.measure)
-            run.pending["metrics"] = metrics
+            where = run.shown, self.dataset, run.scale, self.measure
+            work = partial(evaluate_at, *where)
+            if (metrics := self.signals.between_steps(run, losses, work)) is not None:
+                run.pending["metrics"] = metrics
 
 # %% ../nbs/12_training.ipynb #86ca0004
 Watcher = Callable[[Run], object]
@@ -385,16 +428,18 @@ def build_callbacks(
     """What happens beside the steps of a run, in order: what others leave to the log
     comes before it, and the checkpoint comes last."""
     weights = (config.weight_ce, config.final_weight_ce)
-    return [
+    signals = Signals()
+    callbacks = [
         SeedSteps(config.seed),
         Schedule(criterion, config.warmup, config.drops, weights, config.scales),
-        Signals(),
-        Evaluation(val, config.evaluations, config.data.evaluate),
+        signals,
+        Evaluation(val, config.evaluations, config.data.evaluate, signals),
         Log(config.log_every),
         *([ProgressBar()] if config.progress else []),
         *([Watch(watch)] if watch else []),
         Checkpoint(config.save_every),
     ]
+    return [*callbacks, CatchUp(callbacks)]
 
 # %% ../nbs/12_training.ipynb #12ca0001
 def build_model(
@@ -442,6 +487,7 @@ def create_run(
         Length(steps, config.minutes),
         config.batch_size,
     )
+    run.data = data_fingerprint(config, len(train)) if run.folder else ""
     resume_run(run)
     write_header(run)
     return run
@@ -484,8 +530,33 @@ def prepared(
         yield batch
 
 # %% ../nbs/12_training.ipynb #9472a8be
-def check_before(dataset: Dataset, names: Sequence[str], role: str) -> None:
-    """Refuse data that would stop a run later."""
+STOPS = (*FATAL, "thin", "empty")  # kinds of problems with which no training starts
+
+
+def known_problems(dataset: Dataset) -> tuple[list[Problem], Tally]:
+    """What is known to be wrong with a dataset before its pictures are read."""
+    tally = Tally()
+    while hasattr(dataset, "dataset"):  # what lies under transforms
+        dataset = dataset.dataset
+    if isinstance(dataset, BoxDataset):
+        return list(file_problems(dataset, tally)), tally
+    counts = [len(target["labels"]) for target in getattr(dataset, "targets", ())]
+    tally.objects, tally.most = sum(counts), max(counts, default=0)
+    return list(count_problems(dataset, tally)) if counts else [], tally
+
+
+def report(role: str, problems: Sequence[Problem]) -> None:
+    """Say how many problems of each kind there are, and the first of them."""
+    if problems:
+        more = "\n  `detr-nb check-data` lists all" if len(problems) > 3 else ""
+        print(f"{role}: {summary(problems, limit=3)}{more}", file=sys.stderr)
+
+# %% ../nbs/12_training.ipynb #18a00001
+def check_before(
+    dataset: Dataset, names: Sequence[str], role: str
+) -> tuple[list[Problem], int]:
+    """Refuse data that would stop a run later; what else is wrong comes back, with the
+    most objects in an image."""
     if not len(dataset):
         raise ValueError(
             f"{role}: there are 0 images: does its split or file list any?"
@@ -495,14 +566,32 @@ def check_before(dataset: Dataset, names: Sequence[str], role: str) -> None:
             f"{role}: its classes are {list(dataset.names)}, but those to learn from"
             f" have {list(names)}: give both one list of names"
         )
-    while hasattr(dataset, "dataset"):  # what lies under transforms
-        dataset = dataset.dataset
-    if isinstance(dataset, BoxDataset):
-        if problem := next(file_problems(dataset), None):
-            raise DataError(problem)
+    problems, tally = known_problems(dataset)
+    if stop := next((one for one in problems if one.kind in STOPS), None):
+        report(role, problems if len(problems) > 1 else [])
+        raise DataError(stop)
     for place, target in enumerate(getattr(dataset, "targets", ())):
         if reason := explain_target(target, place, len(names)):
             raise ValueError(f"{role}: {reason}")
+    return problems, tally.most
+
+# %% ../nbs/12_training.ipynb #18a00002
+Known = dict[str, tuple[list[Problem], int]]  # of each part: problems, most objects
+
+
+def check_parts(train: Dataset, val: Dataset) -> Known:
+    """Refuse what would stop a run; what else is known of both parts comes back."""
+    parts = {"training data": train, "held-out data": val}
+    return {role: check_before(part, train.names, role) for role, part in parts.items()}
+
+
+def say_before(run: Run, known: Known) -> None:
+    """Say what is left out of a run that is about to start, and whether its model has
+    too few queries."""
+    queries = getattr(getattr(run.model, "config", None), "num_queries", None)
+    for role, (problems, most) in known.items():
+        if run.accelerator.is_main_process:
+            report(role, [*problems, *crowded(role, most, queries)])
 
 # %% ../nbs/12_training.ipynb #6994016c
 def fit(config: TrainConfig, watch: Watcher | None = None) -> Run:
@@ -525,12 +614,21 @@ def fit(config: TrainConfig, watch: Watcher | None = None) -> Run:
         Terminated: if SIGTERM has come; the run is saved.
     """
     accelerator = find_accelerator(config.trackers, config.folder)
+    folder = Path(config.folder) if config.folder else None
+    with held_folder(folder, type(config), accelerator):
+        return fit_held(config, watch, accelerator)
+
+# %% ../nbs/12_training.ipynb #12fa0001
+def fit_held(
+    config: TrainConfig, watch: Watcher | None, accelerator: Accelerator
+) -> Run:
+    """What `fit` does while it holds the folder."""
     # it draws or fetches, the others find it done
     with accelerator.main_process_first():
         train, val = config.data.load()
-    check_before(train, train.names, "training data")
-    check_before(val, train.names, "held-out data")
+    known = check_parts(train, val)
     run = create_run(config, train, accelerator)
+    say_before(run, known)
     criterion, clock = build_criterion(config, run.model), Stopwatch(run.parts)
     callbacks = build_callbacks(config, criterion, val, watch)
     share = accelerator.process_index, accelerator.num_processes

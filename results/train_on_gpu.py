@@ -1,70 +1,128 @@
-"""Record the experiment "full training on a GPU": one data set, one budget, one seed, one JSON file.
+"""Record the experiment "full training on a GPU": draw or read the data, train, evaluate, write one JSON file.
 
-    python results/train_on_gpu.py --data shapes --minutes 20
-    DETR_NB_DATA=... python results/train_on_gpu.py --data bccd --minutes 20
+    python results/train_on_gpu.py                                      twelve minutes of one card in all
+    DETR_NB_DATA=... python results/train_on_gpu.py --data bccd
 
-A run that was stopped goes on when the command is given again. Scenes and checkpoints are kept under .cache/, which git
-ignores. It needs a graphics card; `--minutes 0.1 --anywhere` tries it on a processor and records nothing.
+The record (curve, images a second, memory, how busy the card was) is written every twenty seconds, and says
+whether the run is finished. A run that was cut at any moment goes on when the command is given again, from a checkpoint
+that is at most twenty seconds of training old. Scenes and checkpoints are kept under .cache/, which git ignores.
+`--anywhere` tries the whole way on a processor, at small size; its record stays under .cache/ too.
 """
 import argparse
+import json
 import os
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
+from tempfile import TemporaryFile
+from typing import IO
 
 import torch
 
+from detr_nb.files import json_text, replacing
 from detr_nb.formats import Sizes, VocData
 from detr_nb.loading import ShapesData
 from detr_nb.model import TinyModel
-from detr_nb.runs import write_record
+from detr_nb.runs import Run, describe_run
 from detr_nb.shapes import HARD
 from detr_nb.training import TrainConfig, fit
 
 ROOT = Path(__file__).resolve().parents[1]
+CACHE = Path(".cache")
 LARGE = TinyModel(num_queries=40, widths=(64, 128, 256, 512), strides=(4, 8, 16, 16), hidden_dim=256, nheads=8,
                   enc_layers=3, dec_layers=6, dim_feedforward=1024, dropout=0.0)
-COMMON = TrainConfig(model=LARGE, batch_size=32, evaluations=10, bf16=True, ema=0.999, weight_ce=5, save_every=120)
+COMMON = TrainConfig(model=LARGE, batch_size=32, evaluations=6, bf16=True, ema=0.999, weight_ce=5, save_every=20)
+SMALL = {"batch_size": 4, "evaluations": 1, "log_every": 2, "save_every": 1, "scales": ()}
 
 
-def scenes() -> TrainConfig:
+def scenes(small: bool) -> TrainConfig:
     """The hard setting at 512 pixels."""
-    data = ShapesData(replace(HARD, size=512), train_images=8192, cache=".cache/scenes")
+    if small:
+        return replace(COMMON, model=TinyModel(), data=ShapesData(replace(HARD, size=64), 32, 8, cache=".cache/scenes"))
+    data = ShapesData(replace(HARD, size=512), train_images=4096, val_images=500, cache=".cache/scenes")
     return replace(COMMON, data=data)
 
 
-def photographs() -> TrainConfig:
+def photographs(small: bool) -> TrainConfig:
     """BCCD at its full size, 480 x 640; the smaller sizes of the paper's rule are left out, as cells are small."""
     sizes = Sizes(short_sides=(400, 440, 480), longest=640, crop=(320, 480), before_crop=(440, 480, 520), eval_side=480)
-    folder = Path(os.environ["DETR_NB_DATA"]) / "bccd"
-    return replace(COMMON, data=VocData(folder, sizes=sizes, workers=8), batch_size=16, scales=())
+    data = VocData(Path(os.environ["DETR_NB_DATA"]) / "bccd", sizes=sizes, workers=0 if small else 8)
+    return replace(COMMON, data=data, batch_size=16, scales=())
 
 
 DATA = {"shapes": scenes, "bccd": photographs}
+QUERY = ["nvidia-smi", "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits", "--loop=2"]
+
+
+@contextmanager
+def watched_card() -> Iterator[IO[str] | None]:
+    """A file in which nvidia-smi notes every two seconds how busy the card is; None where there is no such program."""
+    with TemporaryFile("w+") as notes:
+        try:
+            process = subprocess.Popen(QUERY, stdout=notes, stderr=subprocess.DEVNULL)
+        except OSError:
+            yield None
+            return
+        try:
+            yield notes
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def card_use(notes: IO[str] | None) -> dict[str, float] | None:
+    """Mean share of the time in which the card worked, in per cent, and its highest memory in megabytes, so far."""
+    if notes is None:
+        return None
+    notes.seek(0)
+    rows = [line.split(",") for line in notes.read().splitlines()]
+    whole = [[float(part) for part in row] for row in rows if len(row) == 2 and all(p.strip().isdigit() for p in row)]
+    return {"busy": round(mean(r[0] for r in whole), 1), "memory_mb": max(r[1] for r in whole)} if whole else None
+
+
+def write(run: Run, what: str, command: str, card: dict | None, earlier: float, begun: float, file: Path) -> None:
+    """The record as far as the run has come; it may be cut off at any moment."""
+    told = {"finished": run.progress == 1, "card": card, "seconds_in_all": round(earlier + time.time() - begun, 1)}
+    row = describe_run(run, what, command) | told
+    with replacing(file) as place:
+        place.write(json_text(json.loads(json.dumps(row, default=str)), indent=1) + "\n")
 
 
 def main() -> None:
     """Train and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=DATA, default="shapes")
-    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--minutes", type=float, default=8, help="of training; drawing and evaluation come on top")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="let torch compile the model")
-    parser.add_argument("--anywhere", action="store_true", help="without a graphics card, and without a record")
+    parser.add_argument("--anywhere", action="store_true", help="without a graphics card, small, without a record")
     args = parser.parse_args()
     os.chdir(ROOT)
     if not (args.anywhere or torch.accelerator.is_available()):
         parser.error("torch finds no graphics card; --anywhere tries the script without one")
-    name = f"gpu_{args.data}_{args.minutes:g}min_seed{args.seed}"
-    config = replace(DATA[args.data](), minutes=args.minutes, seed=args.seed, compile=args.compile,
-                     folder=f".cache/runs/{name}")
-    if args.anywhere:
-        config = replace(config, batch_size=2, evaluations=1, folder="", data=replace(config.data))
-    run = fit(config)
+    name = f"gpu_{args.data}_{args.minutes:g}min_seed{args.seed}{'_small' * args.anywhere}"
+    config = replace(DATA[args.data](args.anywhere), minutes=args.minutes, seed=args.seed, compile=args.compile,
+                     folder=str(CACHE / "runs" / name), **(SMALL if args.anywhere else {}))
     flags = f"--data {args.data} --minutes {args.minutes:g} --seed {args.seed}{' --compile' if args.compile else ''}"
-    if not args.anywhere:
-        what = f"a larger DETR from scratch on a graphics card, {args.data}, {args.minutes:g} minutes"
-        write_record(run, what, f"python results/train_on_gpu.py {flags}", Path("results") / f"{name}.json")
-    print(name, run.line())
+    command = f"python results/train_on_gpu.py {flags}"
+    what = f"a larger DETR from scratch on a graphics card, {args.data}"
+    file = (CACHE / "runs" if args.anywhere else Path("results")) / f"{name}.json"
+    earlier = json.loads(file.read_text("utf8"))["seconds_in_all"] if file.exists() else 0.0
+    begun = written = time.time()
+    with watched_card() as notes:
+        def note(run: Run, least: float = 20) -> None:
+            nonlocal written
+            if time.time() - written >= least:
+                write(run, what, command, card_use(notes), earlier, begun, file)
+                written = time.time()
+
+        run = fit(config, watch=note)
+        note(run, least=0)
+    print(f"{name}: {run.line()}; the record is {file}")
 
 
 if __name__ == "__main__":

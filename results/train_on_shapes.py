@@ -25,8 +25,8 @@ SETTINGS = {"easy": EASY, "default": DEFAULT}
 PAPER_MODEL = TinyModel(pre_norm=False, dropout=0.1, temperature=10000)
 
 
-def with_paper_recipe(config: TrainConfig) -> TrainConfig:
-    """The paper's hyper-parameters on the same small backbone, data and budget."""
+def with_paper_rates(config: TrainConfig) -> TrainConfig:
+    """The paper's rates, weights, norms and dropout; backbone, data, batch, schedule and budget stay ours."""
     optimizer = {"lr": 1e-4, "lr_backbone": 1e-5, "lr_muon": 0, "beta2": 0.999, "warmup": 0.0}
     weights = {"weight_ce": 1, "final_weight_ce": 1, "no_object_weight": 0.1}
     return replace(config, model=PAPER_MODEL, **optimizer, **weights, scales=())
@@ -40,7 +40,7 @@ def read_command_line() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="fixed steps instead of minutes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 where autocast allows it; see bf16_pays")
-    parser.add_argument("--paper", action="store_true", help="the paper's hyper-parameters instead of ours")
+    parser.add_argument("--paper", action="store_true", help="the paper's rates and weights instead of ours")
     return parser.parse_args()
 
 
@@ -57,11 +57,11 @@ def main() -> None:
         minutes=None if args.steps else args.minutes, steps=args.steps or 1, evaluations=8,
         bf16=args.bf16, seed=args.seed, folder=str(CACHE / "runs" / name),
     )
-    run = fit(with_paper_recipe(config) if args.paper else config)
+    run = fit(with_paper_rates(config) if args.paper else config)
     what = f"DETR from scratch on generated scenes, {args.setting} setting, {budget}"
     flags = f"--setting {args.setting} {f'--steps {args.steps}' if args.steps else f'--minutes {args.minutes:g}'}"
     flags += f" --seed {args.seed}{' --bf16' if args.bf16 else ''}{' --paper' if args.paper else ''}"
-    write_record(run, what + (", the paper's hyper-parameters" if args.paper else ""),
+    write_record(run, what + (", the paper's rates and weights" if args.paper else ""),
            f"python results/train_on_shapes.py {flags}", Path("results") / f"{name}.json")
     print(name, run.line())
 

@@ -186,7 +186,7 @@ def test_old_names_and_places_are_understood():
 # --- what is refused ----------------------------------------------------------------------------------------------
 BAD = {  # dotted field of a run: a value, and words of the complaint
     "steps": (0, "is 0: it must be a whole number of at least 1"),
-    "batch_size": (2.5, "is 2.5: it must be a whole number"), "lr": (-1, "is -1: it must be a number of at least 0"),
+    "batch_size": (2.5, "is 2.5: it must be a whole number"), "lr": (-1, "is -1: it must be a number above 0"),
     "ema": (1, "is 1: it must be a number of at least 0 and below 1"), "minutes": (10**7, "and at most 527040"),
     "bf16": ("perhaps", "is 'perhaps': it must be true or false"), "clip": (0, "is 0: it must be a number above 0"),
     "drops": ([0.5, 2], "[1] is 2: it must be a number of at least 0 and at most 1"),
@@ -375,8 +375,8 @@ def test_a_text_that_is_no_configuration_is_refused_in_words(text, complaint):
 def test_a_decoder_has_at_least_one_layer(layers):
     with pytest.raises(ConfigError, match="dec_layers is .* at least 1 and at most 100"):
         DETRConfig(dec_layers=layers)
-    with pytest.raises(ValueError, match="strides must be 0 numbers"):
-        TinyConfig((), ()).build()
+    with pytest.raises(ConfigError, match="widths is .*: it must have at least 1 entries"):
+        TinyConfig((), ())
 
 
 def test_a_number_of_queries_that_is_not_allowed_leaves_the_model_as_it_was():

@@ -150,7 +150,7 @@ def coco_folder(path, annotations, categories=((1, "a"), (5, "b"), (90, "c")), i
     """A COCO folder with blank pictures of 40 rows and 60 columns."""
     rows = [{"file_name": f"{image['id']}.png", "height": 40, "width": 60, **image} for image in images]
     for row in rows:
-        Image.new("RGB", (60, 40)).save(path / row["file_name"])
+        Image.new("RGB", (60, 40), "grey").save(path / row["file_name"])
     content = {
         "images": rows, "annotations": annotations, "categories": [{"id": i, "name": n} for i, n in categories]
     }  # fmt: skip
@@ -228,7 +228,7 @@ def voc_folder(path, objects, split="train", stem="one"):
     """A VOC folder with one blank picture of 40 rows and 60 columns."""
     for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (path / part).mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (60, 40)).save(path / "JPEGImages" / f"{stem}.jpg")
+    Image.new("RGB", (60, 40), "grey").save(path / "JPEGImages" / f"{stem}.jpg")
     sides = ("xmin", "ymin", "xmax", "ymax")
     rows = "".join(
         f"<object><name>{name}</name><bndbox>" + "".join(f"<{s}>{v}</{s}>" for s, v in zip(sides, box, strict=True))
@@ -276,7 +276,7 @@ def yolo_folder(path, texts, names="names: [ant, bee]\n", size=(60, 40)):
     for part in ("images", "labels"):
         (path / part).mkdir(parents=True, exist_ok=True)
     for stem, text in texts.items():
-        Image.new("RGB", size).save(path / "images" / f"{stem}.png")
+        Image.new("RGB", size, "grey").save(path / "images" / f"{stem}.png")
         if text is not None:
             (path / "labels" / f"{stem}.txt").write_text(text)
     (path / "data.yaml").write_text(names)
@@ -325,7 +325,7 @@ def test_yolo_numbers_may_have_holes(tmp_path):
 def test_yolo_shares_are_of_the_turned_picture(tmp_path):
     dataset, exif = yolo_folder(tmp_path, {"a": "0 0.5 0.25 0.5 0.5\n"}), Image.Exif()
     exif[0x0112] = 6
-    Image.new("RGB", (60, 40)).save(tmp_path / "images" / "a.png", exif=exif)
+    Image.new("RGB", (60, 40), "grey").save(tmp_path / "images" / "a.png", exif=exif)
     image, target = dataset[0]
     assert image.shape == (3, 60, 40)
     torch.testing.assert_close(dataset.record(0).boxes_xyxy, torch.tensor([[10.0, 0, 30, 30]]).double())
@@ -421,7 +421,7 @@ def test_unreadable_images_stop_unless_one_chooses_to_skip_them(tmp_path, reader
 @pytest.mark.parametrize("reader", ["coco", "voc", "yolo"])
 def test_nothing_else_is_skipped(tmp_path, reader, recwarn):
     broken, make = one_of_four_broken(tmp_path, reader)
-    Image.new("RGB", (60, 40)).save(broken)
+    Image.new("RGB", (60, 40), "grey").save(broken)
     assert len(make(skip_unreadable=True)) == 4 and not recwarn
     wrong = yolo_folder(tmp_path / "wrong", {"a": "5 0.5 0.5 0.5 0.5\n", "b": ""})
     wrong = YoloDataset(wrong.folder, ["ant"], skip_unreadable=True)
@@ -479,7 +479,7 @@ def test_planted_faults_are_found_and_nothing_else(plan, seed):
         label = 2 if kind == "unknown class" else 1
         boxes = torch.tensor([FAULTS[kind](box) if kind else box, [0.5, 0.5, 1.0, 1.0]])
         targets.append({"labels": torch.tensor([label, 0]), "boxes": boxes})
-    dataset = MemoryDataset(torch.zeros(len(plan), 3, 20, 30, dtype=torch.uint8), targets, ["a", "b"])
+    dataset = MemoryDataset(torch.full((len(plan), 3, 20, 30), 90, dtype=torch.uint8), targets, ["a", "b"])
     found = [(p.file, p.kind) for p in check_data(dataset)]
     assert found == [(f"image {i}", kind) for i, kind in enumerate(plan) if kind]
 
@@ -508,7 +508,7 @@ def test_rotated_pictures_are_compared_by_their_true_size(tmp_path):
     dataset = coco_folder(tmp_path, [{"image_id": 1, "category_id": 1, "bbox": [1, 1, 50, 5]}])
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new("RGB", (60, 40)).save(tmp_path / "1.png", exif=exif)
+    Image.new("RGB", (60, 40), "grey").save(tmp_path / "1.png", exif=exif)
     assert [p.kind for p in check_data(dataset)] == ["size", "out of image"]
 
 
@@ -521,7 +521,7 @@ def test_any_dataset_with_names_can_be_checked():
 
         def __getitem__(self, index):
             box = torch.tensor([[0.5, 0.5, 0.2 * index, 0.2]])
-            return torch.zeros(3, 8, 8, dtype=torch.uint8), {"labels": torch.tensor([0]), "boxes": box}
+            return torch.full((3, 8, 8), 90, dtype=torch.uint8), {"labels": torch.tensor([0]), "boxes": box}
 
     assert [(p.file, p.kind) for p in check_data(Two())] == [("image 0", "degenerate")]
 

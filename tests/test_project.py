@@ -3,6 +3,7 @@
 import ast
 import builtins
 import configparser
+import importlib
 import json
 import os
 import re
@@ -278,7 +279,8 @@ def may_import(number: int, other: int) -> bool:
     [
         (12, 5, True), (12, 12, False), (12, 13, False), (12, 86, True), (12, 93, True), (12, 90, False),
         (82, 11, True), (82, 12, False), (82, 80, True), (82, 83, False), (82, 94, True), (82, 90, False),
-        (92, 0, True), (92, 3, False), (92, 97, True), (97, 97, False), (97, 92, False), (86, 97, True), (94, 93, False), (90, 42, True), (91, 8, True), (91, 90, False), (96, 92, True),
+        (92, 0, True), (92, 3, False), (92, 97, True), (97, 97, False), (97, 92, False),
+        (86, 97, True), (94, 93, False), (90, 42, True), (91, 8, True), (91, 90, False), (96, 92, True),
     ],
 )
 def test_the_rule_of_imports(number, other, allowed):
@@ -531,6 +533,36 @@ def test_a_notebook_can_fetch_what_it_needs(path):
     assert f"git clone --quiet --depth 1 https://github.com/{home['user']}/{home['repo']}\n" in sources[place]
     assert sources[place].endswith(f"%cd -q {home['repo']}/{path.parent.relative_to(ROOT).as_posix()}")
     assert directives(sources[place]) == ["include: false"]
+
+
+@pytest.mark.parametrize(
+    ("before", "installs"),
+    [
+        (lambda place: None, True),
+        (lambda place: (place / "content" / "detr_nb" / "nbs").mkdir(parents=True), True),  # the last try broke off
+        (lambda place: (place / "detr_nb" / "__init__.py").write_text(""), False),
+        (lambda place: ((place / "detr_nb" / "__init__.py").write_text(""),
+                        (place / "content" / "detr_nb" / "nbs").mkdir(parents=True)), False),  # the session began anew
+    ],
+    ids=["nothing there", "a clone without an installation", "installed", "both"],
+)
+def test_the_install_cell_takes_what_is_there(tmp_path, before, installs, monkeypatch):
+    """Its decisions, with what it would start written down instead."""
+    (tmp_path / "content").mkdir()
+    (tmp_path / "detr_nb").mkdir()
+    before(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "content"), str(tmp_path)])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "detr_nb"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.chdir(tmp_path / "content")
+    source = next(source for source in code_cells(read(CHAPTERS[0])) if "!git clone" in source)
+    calls = re.sub(r"^( *)([!%].*)$", r"\1started.append(\2)", source, flags=re.M)
+    calls = re.sub(r"append\((.*)\)$", lambda found: f"append({found[1]!r})", calls, flags=re.M)
+    importlib.invalidate_caches()
+    exec(calls, space := {"started": []})
+    assert any("pip install" in words and "-c kept.txt" in words for words in space["started"]) == installs
+    moved = (tmp_path / "content" / "detr_nb" / "nbs").is_dir()
+    assert (space["started"][-1:] == ["%cd -q detr_nb/nbs"]) == moved
 
 
 INSTALLED = """
