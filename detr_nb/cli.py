@@ -20,7 +20,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -373,10 +373,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_from_here(error: BaseException) -> bool:
-    """Whether this library raised it, and not one that it uses."""
+    """Whether this library or notebook raised it, and not a library that it uses."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     home = frames[-1].f_globals.get("__name__", "") if frames else ""
-    return home.partition(".")[0] == "detr_nb"
+    return home.partition(".")[0] in ("detr_nb", "__main__")
 
 # %% ../nbs/18_cli.ipynb #18f00011
 def worker_reason(text: str) -> str | None:
@@ -697,8 +697,10 @@ WORDS = {"images": "*", "folder": "?"}
 # %% ../nbs/18_cli.ipynb #88b937a6
 def command_parser(name: str) -> OptionsParser:
     """The options of one command."""
-    free = WORDS if name in ("predict", "eval") else {}
-    return options_parser(COMMANDS[name][0], f"detr-nb {name}", free)
+    kind = COMMANDS[name][0]
+    own = {part.name for part in fields(kind)} if name in ("predict", "eval") else ()
+    free = {word: WORDS[word] for word in WORDS if word in own}
+    return options_parser(kind, f"detr-nb {name}", free)
 
 # %% ../nbs/18_cli.ipynb #18f00022
 def program_parser() -> OptionsParser:
