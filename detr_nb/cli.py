@@ -20,11 +20,10 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
-from typing import IO
 
 import matplotlib
 from jaxtyping import UInt8
@@ -374,10 +373,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_from_here(error: BaseException) -> bool:
-    """Whether this library raised it, and not one that it uses."""
+    """Whether this library or notebook raised it, and not a library that it uses."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     home = frames[-1].f_globals.get("__name__", "") if frames else ""
-    return home.partition(".")[0] == "detr_nb"
+    return home.partition(".")[0] in ("detr_nb", "__main__")
 
 # %% ../nbs/18_cli.ipynb #18f00011
 def worker_reason(text: str) -> str | None:
@@ -474,7 +473,7 @@ def write_result(picture: Image.Image, place: Path) -> bool:
     that is full is an error."""
     try:
         content = signed(picture, place.suffix)
-        with replacing(place, "wb") as file:
+        with replacing(place, "wb", durable=False) as file:
             file.write(content)
         return True
     except Exception as error:
@@ -698,8 +697,10 @@ WORDS = {"images": "*", "folder": "?"}
 # %% ../nbs/18_cli.ipynb #88b937a6
 def command_parser(name: str) -> OptionsParser:
     """The options of one command."""
-    free = WORDS if name in ("predict", "eval") else {}
-    return options_parser(COMMANDS[name][0], f"detr-nb {name}", free)
+    kind = COMMANDS[name][0]
+    own = {part.name for part in fields(kind)} if name in ("predict", "eval") else ()
+    free = {word: WORDS[word] for word in WORDS if word in own}
+    return options_parser(kind, f"detr-nb {name}", free)
 
 # %% ../nbs/18_cli.ipynb #18f00022
 def program_parser() -> OptionsParser:
@@ -730,7 +731,7 @@ def run_command(words: Sequence[str]) -> int:
 class Outlet:
     """A stream whose failures do not reach the work."""
 
-    def __init__(self, stream: IO[str]):
+    def __init__(self, stream: object):  # whatever writes text
         self.stream, self.failure = stream, None
 
     def __getattr__(self, name: str) -> object:
@@ -770,7 +771,7 @@ def open_streams() -> None:
 
 def silence(outlet: Outlet) -> None:
     """Lead a stream that failed to nowhere: Python tries it again at its end."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, outlet.stream.fileno())
         os.close(nowhere)

@@ -1,8 +1,9 @@
 """Chapter 17: how things are measured, never how long they take."""
 
 import json
+import shlex
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from statistics import median
 
@@ -32,6 +33,7 @@ from detr_nb.bench import (
     training_memory_mb,
     waiting_share,
 )
+from detr_nb.config import options_parser, read_options
 from detr_nb.matcher import HungarianMatcher
 from detr_nb.measuring import (
     Row,
@@ -298,11 +300,14 @@ def test_the_record_holds_everything(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("options, command", [
     (Bench(), "detr-nb bench"),
-    (Bench(rounds=1, bf16=False, out=Path("x.json")), "detr-nb bench --rounds 1 --no-bf16"),
-    (Bench(only=("data", "growth"), bf16=True, size=(64, 96)), "detr-nb bench --only data growth --size 64 96 --bf16"),
+    (Bench(rounds=1, bf16=False, out=Path("x.json")), "detr-nb bench --rounds 1 --bf16 false"),
+    (Bench(only=("data", "growth"), bf16=True, size=(64, 96)),
+     "detr-nb bench --only '[data, growth]' --size '[64, 96]' --bf16 true"),
 ])
 def test_the_command_runs_it_again(options, command):
     assert command_of(options) == command
+    words = shlex.split(command)[2:]
+    assert read_options(Bench, options_parser(Bench), words) == replace(options, out=None)
 
 
 def test_a_small_bench_runs(tmp_path):
