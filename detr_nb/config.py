@@ -125,6 +125,7 @@ Share = Annotated[Number, Within(0, 1)]
 # what is dropped or kept: never all
 Fraction = Annotated[Number, Within(0, 1, below=True)]
 Scale = Annotated[Number, Within(0, 1, above=True)]
+Shrink = Annotated[Number, Within(0.05, 1)]  # of pictures: less leaves no pixel
 Rate = Annotated[Number, Within(0, 1000)]  # learning rates and the like
 PositiveRate = Annotated[Number, Within(0, 1000, above=True)]
 Weight = Annotated[Number, Within(0, 10**6)]

@@ -32,6 +32,7 @@ from detr_nb.boxes import (
     scale_boxes,
     xyxy_to_xywh,
 )
+from .config import BatchSize, checked_arguments
 from .data import Batch, collate
 from .model import plain_sizes, postprocess
 from .notation import Target, forward_names
@@ -604,10 +605,11 @@ def predict_with_truth(
             yield target, {**row, "image_id": target.get("image_id", place)}
 
 # %% ../nbs/11_evaluation.ipynb #17fb411f
+@checked_arguments
 def predict(
     model: nn.Module,
     dataset: object,
-    batch_size: int = 16,
+    batch_size: BatchSize = 16,
     to_detections: Detect | None = None,
     collate: Collate | None = None,
 ) -> list[Detections]:
@@ -636,10 +638,11 @@ def predict(
     ]
 
 # %% ../nbs/11_evaluation.ipynb #7d6d958b
+@checked_arguments
 def evaluate(
     model: nn.Module,
     dataset: object,
-    batch_size: int = 16,
+    batch_size: BatchSize = 16,
     to_detections: Detect | None = None,
     collate: Collate | None = None,
     shared: bool = False,

@@ -26,6 +26,7 @@ from .boxes import cxcywh_to_xyxy, giou, pairwise_giou, scale_boxes
 from detr_nb.config import (
     ClassCount,
     Config,
+    ConfigError,
     Depth,
     Fraction,
     Layers,
