@@ -23,6 +23,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from .config import Workers, checked_arguments
 from .notation import Target
 from .shapes import DEFAULT, EASY, HARD, Scenes, make_scene, unpack_scene
 
@@ -185,8 +186,9 @@ def render_in_memory(
     return images, targets
 
 # %% ../nbs/83_cache.ipynb #98488e1e
+@checked_arguments
 def render_scenes(
-    scenes: Scenes, folder: Path | str | None = None, workers: int | None = None
+    scenes: Scenes, folder: Path | str | None = None, workers: Workers | None = None
 ) -> tuple[Pictures, list[Target]]:
     """Draw a whole series once, so that training reads it from memory.
 

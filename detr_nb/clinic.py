@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .boxes import cxcywh_to_xyxy, pairwise_iou
+from .config import Count, checked_arguments
 from .data import Batch
 from .evaluation import Detect, batch_maker, coco_evaluate, evaluation_mode
 from .insight import predict_layers
@@ -547,8 +548,12 @@ def findings(seen: Evidence) -> list[Finding]:
     return [found for rule in RULES if (found := rule(evidence))]
 
 # %% ../nbs/16_clinic.ipynb #d2d6c46f
+@checked_arguments
 def diagnose(
-    run: Run, train: Dataset | None = None, val: Dataset | None = None, images: int = 64
+    run: Run,
+    train: Dataset | None = None,
+    val: Dataset | None = None,
+    images: Count = 64,
 ) -> list[Finding]:
     """Name the likely causes of a bad run, the most certain first; nothing for a
     healthy one.
@@ -558,7 +563,14 @@ def diagnose(
         train: what it learns from; loaded again as the configuration says if left out.
         val: what is held out; likewise.
         images: how many of either are looked at.
+
+    Raises:
+        ValueError: if it is no run, or the number of images is none.
     """
+    if not hasattr(run, "config"):
+        raise ValueError(
+            f"diagnose(run) is given {type(run).__name__}: give what fit returns"
+        )
     return findings(collect_evidence(run, train, val, images))
 
 

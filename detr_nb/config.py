@@ -125,6 +125,7 @@ Share = Annotated[Number, Within(0, 1)]
 # what is dropped or kept: never all
 Fraction = Annotated[Number, Within(0, 1, below=True)]
 Scale = Annotated[Number, Within(0, 1, above=True)]
+Shrink = Annotated[Number, Within(0.05, 1)]  # of pictures: less leaves no pixel
 Rate = Annotated[Number, Within(0, 1000)]  # learning rates and the like
 PositiveRate = Annotated[Number, Within(0, 1000, above=True)]
 Weight = Annotated[Number, Within(0, 10**6)]
@@ -490,6 +491,11 @@ class Config(ABC):  # noqa: B024 - its kinds have abstract methods of their own
         return found
 
 # %% ../nbs/80_config.ipynb #07b9fbb0
+def default_of(part: Field) -> object:
+    """The default of a field; MISSING if it has none."""
+    return part.default if part.default_factory is MISSING else part.default_factory()
+
+
 def over_default(value: object, part: Field, kind: type[Config]) -> object:
     """The words of a nested configuration over those of the default, if they are of the
     class of the default."""
@@ -700,11 +706,6 @@ def config_base(hint: object) -> type[Config] | None:
     if get_origin(hint) in (Union, UnionType, Annotated):
         return next(filter(None, map(config_base, get_args(hint))), None)
     return None
-
-
-def default_of(part: Field) -> object:
-    """The default of a field; MISSING if it has none."""
-    return part.default if part.default_factory is MISSING else part.default_factory()
 
 # %% ../nbs/80_config.ipynb #98de5486
 def kinds_below(base: type[Config]) -> list[type[Config]]:

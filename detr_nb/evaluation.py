@@ -33,6 +33,7 @@ from detr_nb.boxes import (
     xyxy_to_xywh,
 )
 from .checks import Classes, join_classes
+from .config import BatchSize, checked_arguments
 from .data import Batch, collate
 from .model import plain_sizes, postprocess
 from .notation import Target, forward_names
@@ -616,10 +617,11 @@ def predict_with_truth(
             yield target, {**row, "image_id": target.get("image_id", place)}
 
 # %% ../nbs/11_evaluation.ipynb #17fb411f
+@checked_arguments
 def predict(
     model: nn.Module,
     dataset: object,
-    batch_size: int = 16,
+    batch_size: BatchSize = 16,
     to_detections: Detect | None = None,
     collate: Collate | None = None,
 ) -> list[Detections]:
@@ -649,10 +651,11 @@ def predict(
     ]
 
 # %% ../nbs/11_evaluation.ipynb #7d6d958b
+@checked_arguments
 def evaluate(
     model: nn.Module,
     dataset: object,
-    batch_size: int = 16,
+    batch_size: BatchSize = 16,
     to_detections: Detect | None = None,
     collate: Collate | None = None,
     shared: bool = False,

@@ -29,6 +29,7 @@ from detr_nb.matcher import (
     HungarianMatcher,
     Matches,
     PaddedTargets,
+    check_target,
     class_cost,
     pad_targets,
 )
@@ -368,6 +369,8 @@ class SetCriterion(nn.Module):
     def normalisers(self, targets: Sequence[Target], queries: int) -> Normaliser:
         """What the losses of these images are divided by, if the model has so many
         queries; no prediction is needed."""
+        for place, target in enumerate(targets):
+            check_target(target, place)
         counts = [len(target["labels"]) for target in self.prepare(targets)]
         extra = {
             name: part.normalisers(targets, queries)

@@ -400,7 +400,7 @@ def postprocess(
 PICTURE_SIZES = adapter(tuple[tuple[Width, Width], ...])
 
 
-def plain_sizes(sizes: Sequence | Tensor) -> tuple[tuple[int, int], ...]:
+def plain_sizes(sizes: Sequence | Shaped[Tensor, "b 2"]) -> tuple[tuple[int, int], ...]:
     """Heights and widths as plain numbers, if pictures can have them."""
     rows = [row.tolist() if hasattr(row, "tolist") else row for row in sizes]
     return as_type(PICTURE_SIZES, "sizes", rows)
@@ -513,7 +513,7 @@ def check_images(
 SMALLEST = 4  # pixels: the first convolution of the small model spans so many
 
 
-def check_pixels(images: Tensor) -> None:
+def check_pixels(images: Float[Tensor, "*n 3 y x"]) -> None:
     """Refuse a batch without images, or with images of hardly a pixel."""
     if not images.shape[0] or min(images.shape[-2:]) < SMALLEST:
         raise ValueError(
@@ -522,7 +522,9 @@ def check_pixels(images: Tensor) -> None:
         )
 
 
-def check_numbers(images: Tensor, weights: Tensor) -> None:
+def check_numbers(
+    images: Float[Tensor, "*n 3 y x"], weights: Float[Tensor, "..."]
+) -> None:
     """Refuse images in another type of numbers than the weights, which torch would
     stumble over inside."""
     if images.dtype != weights.dtype and not torch.is_autocast_enabled(

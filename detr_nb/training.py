@@ -47,10 +47,10 @@ from detr_nb.config import (
     PositiveRate,
     PositiveWeight,
     Rate,
-    Scale,
     Seconds,
     Seed,
     Share,
+    Shrink,
     Text,
     Weight,
     parse_config,
@@ -263,7 +263,7 @@ class TrainConfig(Config):
     cost_bbox: Weight = 5
     cost_giou: Weight = 2
     no_object_weight: Weight = 0.5
-    scales: Annotated[tuple[tuple[Share, Scale], ...], Limits(max_length=100)] = (
+    scales: Annotated[tuple[tuple[Share, Shrink], ...], Limits(max_length=100)] = (
         (0.7, 0.75),
     )
     ema: Fraction = 0.0

@@ -190,7 +190,7 @@ BAD = {  # dotted field of a run: a value, and words of the complaint
     "ema": (1, "is 1: it must be a number of at least 0 and below 1"), "minutes": (10**7, "and at most 527040"),
     "bf16": ("perhaps", "is 'perhaps': it must be true or false"), "clip": (0, "is 0: it must be a number above 0"),
     "drops": ([0.5, 2], "[1] is 2: it must be a number of at least 0 and at most 1"),
-    "scales": ([[0.5, 0]], "[0][1] is 0: it must be a number above 0 and at most 1"),
+    "scales": ([[0.5, 0]], "[0][1] is 0: it must be a number of at least 0.05 and at most 1"),
     "data.train_images": (True, "is True: it must be a whole number"),
     "data.scenes.size": ("64", "is '64': it must be a whole number of at least 8 and at most 8192"),
     "model.widths": ([8, 0, 8], "[1] is 0"), "model.num_queries": (10**6, "at most 100000"),
@@ -381,7 +381,7 @@ def test_a_decoder_has_at_least_one_layer(layers):
 
 def test_a_number_of_queries_that_is_not_allowed_leaves_the_model_as_it_was():
     model = detr_nb.model.detr_tiny()
-    with pytest.raises(ConfigError, match="num_queries is 200000"):
+    with pytest.raises(ConfigError, match="resize_queries.n is 200000"):
         resize_queries(model, 200000)
     assert model.queries.count == model.config.num_queries == 16
 
