@@ -493,7 +493,7 @@ def prepared(
         yield batch
 
 # %% ../nbs/12_training.ipynb #9472a8be
-STOPS = (*FATAL, "thin", "empty")  # kinds of problems with which no training starts
+STOPS = (*FATAL, "empty")  # kinds of problems with which no training starts
 
 
 def known_problems(dataset: Dataset) -> tuple[list[Problem], Tally]:
@@ -554,7 +554,7 @@ def say_before(run: Run, known: Known) -> None:
     queries = getattr(getattr(run.model, "config", None), "num_queries", None)
     for role, (problems, most) in known.items():
         if run.accelerator.is_main_process:
-            report(role, [*problems, *crowded(role, most, queries)])
+            report(role, [*crowded(role, most, queries), *problems])
 
 # %% ../nbs/12_training.ipynb #6994016c
 def fit(config: TrainConfig, watch: Watcher | None = None) -> Run:
