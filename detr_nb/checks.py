@@ -499,10 +499,9 @@ def read_outline(outline: object, size: tuple[int, int] | None) -> list | dict |
 
 def outline_problems(record: Record, size: tuple[int, int] | None) -> Iterator[Problem]:
     """Outlines that cannot be painted."""
-    rows = zip(
-        record.fields, record.outlines or [None] * len(record.fields), strict=True
-    )
-    for field, outline in rows:
+    if record.outlines is None:
+        return
+    for field, outline in zip(record.fields, record.outlines, strict=True):
         try:
             read_outline(outline, size)
         except ValueError as error:

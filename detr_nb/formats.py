@@ -317,10 +317,18 @@ def explain_coco(content: object) -> tuple[str, str] | None:
     return None
 
 
-def read_coco(file: Path) -> dict:
-    """Parse a COCO annotation file."""
+def without_outline(row: dict) -> dict:
+    """A row without what is most of a file, for those who want no masks."""
+    row.pop("segmentation", None)
+    return row
+
+
+def read_coco(file: Path, masks: bool = True) -> dict:
+    """Parse a COCO annotation file; outlines are forgotten at once if nobody wants
+    them."""
     try:
-        content = json.loads(read_text(file))
+        hook = None if masks else without_outline
+        content = json.loads(read_text(file), object_hook=hook)
     except (OSError, ValueError, RecursionError) as error:
         remedy = "write JSON there" if isinstance(error, json.JSONDecodeError) else None
         raise unreadable(file, "content", error, remedy) from error
@@ -436,13 +444,6 @@ def slashed(folder: Path, name: str) -> Path:
         return other if other.exists() else path
     return path
 
-# %% ../nbs/85_formats.ipynb #85a0001f
-def drop_outlines(rows: Iterable) -> None:
-    """Forget outlines that nobody asked for: they are most of what a file holds."""
-    for row in rows:
-        if isinstance(row, dict):
-            row.pop("segmentation", None)
-
 # %% ../nbs/85_formats.ipynb #9d908c63
 class CocoDataset(BoxDataset):
     """Images with a COCO annotation file. Raw category ids become contiguous, in
@@ -472,10 +473,8 @@ class CocoDataset(BoxDataset):
         skip_unreadable: bool = False,
     ):
         self.folder, self.file, self.masks = Path(folder), Path(annotations), masks
-        content = read_coco(self.file)
+        content = read_coco(self.file, masks)
         self.images, self.rows = content["images"], content["annotations"]
-        if not masks:
-            drop_outlines(self.rows)
         names, found = coco_classes(self.file, content["categories"])
         found += repeats(self.file, map(image_id, self.images), "images[{}] id")
         self.groups, self.lost = group_rows(self.images, self.rows)
