@@ -529,7 +529,7 @@ BILLION = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("names: [cup, ]\nnc: 2\nnames: [pen]", "names stands there 2 times"),
         ("names: {0: cup, 0: pen}", "a number has two names"),
         ("names: {zero: cup}", "names is ValueError"),
-        ("names: " + "[" * 5000, "names is"),
+        ("names: " + "[" * 1200, "names is"),
         ("names: []", r"list of classes is empty|class is 0"),
     ],
 )  # fmt: skip
@@ -761,16 +761,11 @@ def test_a_training_says_in_one_summary_what_it_leaves_out(tmp_path, capsys):
     folder = coco(tmp_path, change).file.parent
     run = fit(run_config(folder))
     said = capsys.readouterr().err
-    assert run.step == 1 and "held-out" not in said
+    assert run.step == 1 and "held-out" not in said, "of good data nothing is said"
     assert "training data: 4 problems: 1 crowded, 1 orphan, 1 degenerate, 1 out of image" in said
     assert "`detr-nb check-data` lists all" in said and len(said.splitlines()) < 8
     dataset = CocoDataset(folder / "img", folder / "ann.json")
     assert check_data(dataset, queries=16)[-1].kind == "crowded" != check_data(dataset, queries=30)[-1].kind
-
-
-def test_a_training_on_good_data_says_nothing(capsys):
-    fit(run_config(CASES / "00_clean"))
-    assert "data:" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
