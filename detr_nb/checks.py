@@ -581,7 +581,7 @@ def size_problems(
         yield Problem(str(record.image), "size", value, remedy, kind)
 
 # %% ../nbs/82_checks.ipynb #82a0000a
-def blank_problems(record: Record, image: Tensor) -> Iterator[Problem]:
+def blank_problems(record: Record, image: Shaped[Tensor, "3 y x"]) -> Iterator[Problem]:
     """A picture that is black or white all over."""
     colour = {0: "black", 255: "white"}.get(image.max().item() if image.numel() else 0)
     if colour and (image == image.max()).all():
