@@ -308,7 +308,7 @@ def test_data_are_checked_before_anybody_trains(drawn, capsys):
     said = capsys.readouterr().out
     assert "to learn from: 10 images, 3 classes, 2 problems: " in said and "annotations[2]" in said
     assert main(["train", *drawn, *FEW]) == 2
-    assert capsys.readouterr().err.startswith("detr-nb: data/train/annotations.json: annotations[2]")
+    assert "\ndetr-nb: data/train/annotations.json: annotations[2]" in capsys.readouterr().err
 
 
 def test_eval_says_what_it_needs(capsys):
