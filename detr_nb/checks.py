@@ -462,11 +462,11 @@ def unpack_runs(packed: str | bytes) -> list[int]:
 # %% ../nbs/82_checks.ipynb #82a00006
 def read_runs(outline: Mapping, size: tuple[int, int] | None) -> dict:
     """Run lengths that fit the picture, or a `ValueError` that says what to do."""
-    stated = outline.get("size") or size
-    if size and list(stated) != list(size):
+    stated = outline.get("size") or list(size or ())
+    if not isinstance(stated, list | tuple) or size and list(stated) != list(size):
         raise ValueError(
-            f"its size is {reprlib.repr(stated)}, the picture has {list(size)}: draw it"
-            " on this picture"
+            f"its size is {reprlib.repr(stated)}, the picture has {list(size or ())}:"
+            " draw it on this picture"
         )
     counts = outline.get("counts")
     if isinstance(counts, str | bytes):
@@ -479,7 +479,7 @@ def read_runs(outline: Mapping, size: tuple[int, int] | None) -> dict:
         raise ValueError(
             f"its counts must be 0 or more, and {math.prod(size or ())} in all"
         )
-    return {"size": list(stated or ()), "counts": counts}
+    return {"size": list(stated), "counts": counts}
 
 # %% ../nbs/82_checks.ipynb #82a00007
 def read_outline(outline: object, size: tuple[int, int] | None) -> list | dict | None:
@@ -499,13 +499,12 @@ def read_outline(outline: object, size: tuple[int, int] | None) -> list | dict |
 
 def outline_problems(record: Record, size: tuple[int, int] | None) -> Iterator[Problem]:
     """Outlines that cannot be painted."""
-    rows = zip(
-        record.fields, record.outlines or [None] * len(record.fields), strict=True
-    )
-    for field, outline in rows:
+    if record.outlines is None:
+        return
+    for field, outline in zip(record.fields, record.outlines, strict=True):
         try:
             read_outline(outline, size)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             value, where = reprlib.repr(outline), f"{field} segmentation"
             yield Problem(record.file, where, value, str(error), "outline")
 
@@ -577,13 +576,12 @@ def size_problems(
             )
         where = "size (height, width)"
         yield Problem(record.file, where, str(record.size), remedy, "size")
-    if hasattr(dataset, "resized") and min(dataset.resized(size)) < 1:
-        remedy = "a resize leaves nothing of it: cut it, or take it off the list"
-        value = f"{height} x {width}"
-        yield Problem(str(record.image), "size", value, remedy, "thin")
+    if hasattr(dataset, "too_thin") and (fault := dataset.too_thin(size)):
+        value, (kind, remedy) = f"{height} x {width}", fault
+        yield Problem(str(record.image), "size", value, remedy, kind)
 
 # %% ../nbs/82_checks.ipynb #82a0000a
-def blank_problems(record: Record, image: Tensor) -> Iterator[Problem]:
+def blank_problems(record: Record, image: Shaped[Tensor, "3 y x"]) -> Iterator[Problem]:
     """A picture that is black or white all over."""
     colour = {0: "black", 255: "white"}.get(image.max().item() if image.numel() else 0)
     if colour and (image == image.max()).all():

@@ -7,6 +7,7 @@ __all__ = ['CocoDataset', 'VocDataset', 'YoloDataset', 'write_coco', 'CocoData',
 
 # %% ../nbs/85_formats.ipynb #c46591b2
 import json
+import math
 import re
 import reprlib
 import xml.etree.ElementTree as ET
@@ -151,7 +152,7 @@ class BoxDataset(Dataset):
         self.items, self.skipped, self.known = list(items), [], dict(known)
         self.names, self.category_ids = list(names), list(category_ids)
         self.keep_crowd, self.drop_degenerate = keep_crowd, drop_degenerate
-        self.found, self.rule = list(found), Preprocess()
+        self.found, self.sides = list(found), ((800, 1333),)
         if skip_unreadable:
             self.items, self.skipped = readable_items(self)
 
@@ -170,9 +171,17 @@ class BoxDataset(Dataset):
         """What is wrong with the files as a whole."""
         yield from (*self.found, *self.orphans(), *self.skipped)
 
-    def resized(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(height, width) that the size rule of a run leaves of a picture."""
-        return fitted_size(size, self.rule.short_side, self.rule.longest)
+    def too_thin(self, size: tuple[int, int]) -> tuple[str, str] | None:
+        """Kind and remedy of a picture that the resizes of a run, to `sides`, ruin."""
+        for short_side, longest in self.sides:
+            if longest * min(size) / max(size) < 0.5:
+                return "thin", f"at most {longest} pixels long it is a line: cut it up"
+            try:
+                fitted_size(size, short_side, longest)
+            except DataError:
+                reason = f"its short side becomes {short_side}: cut it up, or make it"
+                return "unreadable", f"it is too long when {reason} wider"
+        return None
 
     def __getitem__(self, index: int) -> tuple[UInt8[Tensor, "3 y x"], Target]:
         """Read one image and its truth; raises `DataError` for what cannot be used."""
@@ -309,10 +318,18 @@ def explain_coco(content: object) -> tuple[str, str] | None:
     return None
 
 
-def read_coco(file: Path) -> dict:
-    """Parse a COCO annotation file."""
+def without_outline(row: dict) -> dict:
+    """A row without what is most of a file, for those who want no masks."""
+    row.pop("segmentation", None)
+    return row
+
+
+def read_coco(file: Path, masks: bool = True) -> dict:
+    """Parse a COCO annotation file; outlines are forgotten at once if nobody wants
+    them."""
     try:
-        content = json.loads(read_text(file))
+        hook = None if masks else without_outline
+        content = json.loads(read_text(file), object_hook=hook)
     except (OSError, ValueError, RecursionError) as error:
         remedy = "write JSON there" if isinstance(error, json.JSONDecodeError) else None
         raise unreadable(file, "content", error, remedy) from error
@@ -428,13 +445,6 @@ def slashed(folder: Path, name: str) -> Path:
         return other if other.exists() else path
     return path
 
-# %% ../nbs/85_formats.ipynb #85a0001f
-def drop_outlines(rows: Iterable) -> None:
-    """Forget outlines that nobody asked for: they are most of what a file holds."""
-    for row in rows:
-        if isinstance(row, dict):
-            row.pop("segmentation", None)
-
 # %% ../nbs/85_formats.ipynb #9d908c63
 class CocoDataset(BoxDataset):
     """Images with a COCO annotation file. Raw category ids become contiguous, in
@@ -464,10 +474,8 @@ class CocoDataset(BoxDataset):
         skip_unreadable: bool = False,
     ):
         self.folder, self.file, self.masks = Path(folder), Path(annotations), masks
-        content = read_coco(self.file)
+        content = read_coco(self.file, masks)
         self.images, self.rows = content["images"], content["annotations"]
-        if not masks:
-            drop_outlines(self.rows)
         names, found = coco_classes(self.file, content["categories"])
         found += repeats(self.file, map(image_id, self.images), "images[{}] id")
         self.groups, self.lost = group_rows(self.images, self.rows)
@@ -751,9 +759,12 @@ def yolo_box(words: Sequence[str]) -> list[float]:
         return four_numbers(list(words))
     if count % 2:
         raise ValueError("write a class and four numbers, or x and y of each corner")
-    xs, ys = (sorted(map(float, words[start::2])) for start in (0, 1))
-    sides = xs[-1] - xs[0], ys[-1] - ys[0]
-    return [(xs[0] + xs[-1]) / 2, (ys[0] + ys[-1]) / 2, *sides]
+    xs, ys = ([float(word) for word in words[start::2]] for start in (0, 1))
+    if not all(map(math.isfinite, xs + ys)):
+        raise ValueError("write finite numbers, or delete the polygon")
+    low, high = (min(xs), min(ys)), (max(xs), max(ys))
+    middle = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
+    return middle + [b - a for a, b in zip(low, high, strict=True)]
 
 
 def yolo_class(word: str) -> int | str:
@@ -1047,9 +1058,12 @@ class Photographs(DataConfig):
     def load(self) -> tuple[Augmented, Transformed]:
         """Read both parts: one is augmented, the other only resized."""
         train, val = self.readers()
-        for part in (train, val):
-            part.rule = Preprocess(self.sizes.eval_side, self.sizes.longest)
-        return self.sizes.pair(train, val, self.workers)
+        rule = self.sizes
+        val.sides = ((rule.eval_side, rule.longest),)
+        train.sides = ((max(rule.short_sides), rule.longest),)
+        if rule.crop:
+            train.sides += ((max(rule.before_crop), math.inf),)
+        return rule.pair(train, val, self.workers)
 
 # %% ../nbs/85_formats.ipynb #d7947ca0
 @dataclass(frozen=True)

@@ -530,7 +530,7 @@ def prepared(
         yield batch
 
 # %% ../nbs/12_training.ipynb #9472a8be
-STOPS = (*FATAL, "thin", "empty")  # kinds of problems with which no training starts
+STOPS = (*FATAL, "empty")  # kinds of problems with which no training starts
 
 
 def known_problems(dataset: Dataset) -> tuple[list[Problem], Tally]:
@@ -545,7 +545,7 @@ def known_problems(dataset: Dataset) -> tuple[list[Problem], Tally]:
     return list(count_problems(dataset, tally)) if counts else [], tally
 
 
-def report(role: str, problems: Sequence[Problem]) -> None:
+def say_problems(role: str, problems: Sequence[Problem]) -> None:
     """Say how many problems of each kind there are, and the first of them."""
     if problems:
         more = "\n  `detr-nb check-data` lists all" if len(problems) > 3 else ""
@@ -568,7 +568,7 @@ def check_before(
         )
     problems, tally = known_problems(dataset)
     if stop := next((one for one in problems if one.kind in STOPS), None):
-        report(role, problems if len(problems) > 1 else [])
+        say_problems(role, problems if len(problems) > 1 else [])
         raise DataError(stop)
     for place, target in enumerate(getattr(dataset, "targets", ())):
         if reason := explain_target(target, place, len(names)):
@@ -591,7 +591,7 @@ def say_before(run: Run, known: Known) -> None:
     queries = getattr(getattr(run.model, "config", None), "num_queries", None)
     for role, (problems, most) in known.items():
         if run.accelerator.is_main_process:
-            report(role, [*problems, *crowded(role, most, queries)])
+            say_problems(role, [*crowded(role, most, queries), *problems])
 
 # %% ../nbs/12_training.ipynb #6994016c
 def fit(config: TrainConfig, watch: Watcher | None = None) -> Run:
