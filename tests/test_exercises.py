@@ -1457,6 +1457,59 @@ def moved_share(peer, batch):
 """,
         },
     ),
+    ("97", "check_whole_rows"): Answers(
+        right="""
+def whole_rows(text):
+    rows, lines = [], text.split("\\n")
+    for number in range(len(lines) - 1):
+        if not lines[number]:
+            continue
+        try:
+            rows.append(json.loads(lines[number]))
+        except ValueError as error:
+            raise ValueError(f"line {number + 1}: {error}") from error
+    return rows
+
+
+import json
+""",
+        wrong={
+            "the cut line is read": """
+def whole_rows(text):
+    return [json.loads(line) for line in text.splitlines() if line]
+
+
+import json
+""",
+            "what cannot be read is left out": """
+def whole_rows(text):
+    rows = []
+    for line in text.split("\\n")[:-1]:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            pass
+    return rows
+
+
+import json
+""",
+            "the last line is always left out": """
+def whole_rows(text):
+    return [json.loads(line) for line in text.splitlines()[:-1] if line]
+
+
+import json
+""",
+            "no number in the message": """
+def whole_rows(text):
+    return [json.loads(line) for line in text.split("\\n")[:-1] if line]
+
+
+import json
+""",
+        },
+    ),
 }
 
 
