@@ -133,7 +133,11 @@ class WebOnly(HTTPRedirectHandler):
         newurl: str,
     ) -> Request | None:
         """Refuse other kinds of address."""
-        check_address(newurl)
+        try:
+            check_address(newurl)
+        except DownloadError:
+            fp.close()  # else it keeps the connection
+            raise
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 

@@ -20,7 +20,14 @@ import torch
 
 import detr_nb.downloads as downloads
 from detr_nb.downloads import Archive, DownloadError, download, download_coco, fetch
-from detr_nb.files import append_line, json_text, locked, printable, replacing, replacing_together
+from detr_nb.files import (
+    append_line,
+    json_text,
+    locked,
+    printable,
+    replacing,
+    replacing_together,
+)
 from detr_nb.formats import write_coco
 from detr_nb.model import DETR, detr_tiny
 from detr_nb.shapes import EASY, Scenes
@@ -109,7 +116,8 @@ def strict(text: str) -> object:
 
 
 @pytest.mark.parametrize(("value", "found"), [
-    (float("nan"), None), ([1.5, -float("inf")], [1.5, None]), ({"a": {"b": (float("nan"), 2)}}, {"a": {"b": [None, 2]}}),
+    (float("nan"), None), ([1.5, -float("inf")], [1.5, None]),
+    ({"a": {"b": (float("nan"), 2)}}, {"a": {"b": [None, 2]}}),
     ("Käfer\udce9\ud800", "Käfer\udce9\ud800"), (Path("a/b"), "a/b"), ({1: True}, {"1": True}),
 ])
 def test_a_strict_reader_takes_our_json(value, found):
@@ -274,7 +282,7 @@ BAD = {
     "no HTTP": (lambda body: b"SSH-2.0-OpenSSH_9\r\n", False, "BadStatusLine"),
     "endless": (lambda body: answer(body + b"more"), False, "sends more than"),
     "silent": (lambda body: answer(body[:100], f"Content-Length: {len(body)}"), True, "timed out"),
-    "elsewhere": (lambda body: answer(b"", "Location: file:///etc/passwd", status="302 Found"), False, "is not allowed"),
+    "elsewhere": (lambda body: answer(b"", "Location: file:///etc/hosts", status="302 Found"), False, "is not allowed"),
     "by ftp": (lambda body: answer(b"", "Location: ftp://127.0.0.1/a", status="302 Found"), False, "no web address"),
 }
 
@@ -307,7 +315,8 @@ def test_a_zip_that_is_broken_is_named_with_a_remedy(spoil, server, tmp_path):
 @pytest.mark.fault("images -> elsewhere in the folder")
 @pytest.mark.parametrize(("names", "reason"), [
     (("images/a.jpg", "images/b.jpg"), "images is a link: nothing is written to where it leads"),
-    (("other/../../up.jpg", "images/b.jpg"), "would lie outside"), (("/etc/a.jpg", "images/b.jpg"), "would lie outside"),
+    (("other/../../up.jpg", "images/b.jpg"), "would lie outside"),
+    (("/etc/a.jpg", "images/b.jpg"), "would lie outside"),
 ])
 def test_nothing_is_written_outside_of_the_folder(names, reason, server, tmp_path):
     content, folder = zipped(tmp_path / "source.zip", names), tmp_path / "sets"
