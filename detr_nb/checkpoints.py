@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import torch
+from jaxtyping import Shaped
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
@@ -81,7 +82,7 @@ def unpickle_tensors(path: Path) -> object:
         ) from error
 
 # %% ../nbs/88_checkpoints.ipynb #88f00002
-def tensor_fault(value: Tensor) -> str | None:
+def tensor_fault(value: Shaped[Tensor, "..."]) -> str | None:
     """What keeps a stored tensor from being plain numbers; None if nothing does."""
     if value.layout != torch.strided or value.is_nested or value.is_quantized:
         return "is not stored as plain numbers"

@@ -290,7 +290,9 @@ def picture_size(path: Path) -> tuple[int, int]:
 BYTES = "give colours from 0 to 255 as uint8"
 
 
-def check_colours(image: np.ndarray | Tensor, axis: int, turn: str) -> None:
+def check_colours(
+    image: Shaped[np.ndarray, "..."] | Shaped[Tensor, "..."], axis: int, turn: str
+) -> None:
     """Refuse what is not one picture of bytes with its colours on an axis; `turn`
     writes how to bring them there."""
     shape, kind = tuple(image.shape), str(image.dtype).removeprefix("torch.")
@@ -325,15 +327,15 @@ def _(image: str | Path) -> UInt8[Tensor, "3 y x"]:
     return read_image(image)
 
 
-@as_picture.register
-def _(image: Tensor) -> UInt8[Tensor, "3 y x"]:
+@as_picture.register(Tensor)
+def _(image: Shaped[Tensor, "..."]) -> UInt8[Tensor, "3 y x"]:
     """A tensor, colours first; transparency is dropped."""
     check_colours(image, 0, "image.permute(2, 0, 1)")
     return image[:3]
 
 # %% ../nbs/82_checks.ipynb #82f0000c
-@as_picture.register
-def _(image: np.ndarray) -> UInt8[Tensor, "3 y x"]:
+@as_picture.register(np.ndarray)
+def _(image: Shaped[np.ndarray, "..."]) -> UInt8[Tensor, "3 y x"]:
     """An array as Pillow gives it: colours last, red first; grey has no colour axis."""
     if image.ndim == 2 and image.dtype == np.uint8:
         image = image[..., None].repeat(3, -1)

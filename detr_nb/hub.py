@@ -181,9 +181,6 @@ def with_twins(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tenso
 
 # %% ../nbs/81_hub.ipynb #81e00020
 WholeNumber = Annotated[int, Field(strict=True)]
-Side = Annotated[int, Field(strict=True, ge=1, le=2**12)]  # of a frame, pixels
-Part = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Spread = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 Ascribed = Annotated[str, Field(coerce_numbers_to_str=True)]
 # what each field beside the architecture may be
 BESIDE_TYPES = {
@@ -191,11 +188,6 @@ BESIDE_TYPES = {
     "names": list[Ascribed] | None,
     "category_ids": list[WholeNumber] | None,
     "threshold": Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)],
-    "preprocess.short_side": Side,
-    "preprocess.longest": Annotated[int, Field(strict=True, ge=1, le=2**20)],
-    "preprocess.mean": tuple[Part, Part, Part],
-    "preprocess.std": tuple[Spread, Spread, Spread],
-    "preprocess.size": tuple[Side, Side] | None,
 }
 READERS = {name: TypeAdapter(kind) for name, kind in BESIDE_TYPES.items()}
 
@@ -223,8 +215,10 @@ def read_preprocess(told: object) -> Preprocess:
         raise ConfigError(
             "preprocess", f"is {told!r}: it must be a table of its fields"
         )
-    fields = {key: read_field(f"preprocess.{key}", told[key]) for key in told}
-    return Preprocess(**fields)
+    try:
+        return Preprocess.read(told)
+    except ConfigError as error:
+        raise error.inside("preprocess") from error
 
 # %% ../nbs/81_hub.ipynb #81f00022
 class Beside(NamedTuple):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Shaped
 from PIL import Image
 from torch import Tensor, nn
 
@@ -463,7 +464,7 @@ def check_threshold(threshold: Number) -> None:
 @torch.no_grad()
 def predict_image(
     model: DETR | DETRDemo,
-    image: str | Path | Image.Image | np.ndarray | Tensor,
+    image: str | Path | Image.Image | Shaped[np.ndarray, "..."] | Shaped[Tensor, "..."],
     threshold: Number | None = None,
 ) -> dict[str, Tensor | list[str]]:
     """What a model finds in one picture. The model stays on its device and keeps its
