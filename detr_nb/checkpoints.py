@@ -362,7 +362,7 @@ LABELS = TypeAdapter(dict[int, Annotated[str, Field(strict=True)]])
 def label_table(config: Mapping[str, object], file: Path) -> dict[int, str]:
     """The id2label of a config.json, with numbers for keys; empty if it says nothing."""
     try:
-        told = LABELS.validate_python(config.get("id2label") or {})
+        return LABELS.validate_python(config.get("id2label") or {})
     except ValidationError as error:
         first = error.errors()[0]
         where = "".join(f"[{key!r}]" for key in first["loc"] if key != "[key]")
@@ -370,8 +370,6 @@ def label_table(config: Mapping[str, object], file: Path) -> dict[int, str]:
             f"{file}: id2label{printable(where)} is {printable(repr(first['input']))}:"
             ' it must be a table such as {"0": "cat", "1": "dog"}, a name for each label'
         ) from error
-    default = all(re.fullmatch(r"LABEL_\d+", name) for name in told.values())
-    return {} if default else told
 
 
 def label_names(

@@ -8,6 +8,7 @@ __all__ = ['Problem', 'DataError', 'read_image', 'check_data', 'summary']
 # %% ../nbs/82_checks.ipynb #5b250002
 import math
 import os
+import re
 import reprlib
 import stat
 import warnings
@@ -799,8 +800,10 @@ class Classes(NamedTuple):
 
     @classmethod
     def of(cls, owner: object) -> "Classes":
-        """The table of a model or a dataset."""
+        """The table of a model or a dataset; LABEL_0 and so on are places, no names."""
         names, ids = (getattr(owner, key, None) for key in ("names", "category_ids"))
+        if names and all(re.fullmatch(r"LABEL_\d+", str(name)) for name in names):
+            names = None
         return cls(None if names is None else list(names), ids and list(ids))
 
 

@@ -164,7 +164,8 @@ def test_classes_and_turns_are_even():
     ("change", "words"),
     [
         ({"size": 4}, "size is 4: it must be"), ({"classes": 0}, "classes is 0: it must be"),
-        ({"classes": 9}, "classes is 9: it must be a whole number of at least 1 and at most 8"), ({"min_objects": 11}, "max_objects=10"),
+        ({"classes": 9}, "classes is 9: it must be a whole number of at least 1 and at most 8"),
+        ({"min_objects": 11}, "max_objects=10"),
         ({"min_objects": -1}, "min_objects is -1: it must be"), ({"max_objects": 256}, "255"),
         ({"min_side": 0}, "min_side is 0: it must be"), ({"min_side": 0.6}, "max_side=0.5"),
         ({"max_side": 1.5}, "max_side is 1.5: it must be"),

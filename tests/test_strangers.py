@@ -441,7 +441,7 @@ def test_a_pickle_beside_its_config_is_read_with_it(model, tmp_path):
         ({"0": "a", "1": "b", "2": "c"}, ["a", "b", "c"], None),
         ({"1": "a", "2": "b"}, ["LABEL_0", "a", "b"], "no name for 0"),
         ({"1": "a", "2": "b", "3": "c"}, ["LABEL_0", "a", "b"], "names 3"),
-        ({"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}, None, None),
+        ({"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}, ["LABEL_0", "LABEL_1", "LABEL_2"], None),
         (None, None, None),
         row({"0": "a", "2": "c"}, ["a", "LABEL_1", "c"], "no name for 1",
             fault="Hugging Face id2label with two of 91 names / {'0': None}"),

@@ -1,4 +1,4 @@
-"""Values that nobody means: each is refused where it enters, by field, value and what is allowed, or read as it must be."""
+"""Values that nobody means are refused where they enter, by field, value and what is allowed, or read as they must be."""
 
 import json
 import sys
@@ -20,7 +20,14 @@ from detr_nb.config import ConfigError, load_words, text_config
 from detr_nb.data import Preprocess, collate
 from detr_nb.errors import confusion_matrix, error_breakdown, pr_curve
 from detr_nb.evaluation import coco_evaluate, evaluate
-from detr_nb.explorables import Attention, AttentionView, Film, Layers, Matching, TwoBoxes
+from detr_nb.explorables import (
+    Attention,
+    AttentionView,
+    Film,
+    Layers,
+    Matching,
+    TwoBoxes,
+)
 from detr_nb.export import export_onnx
 from detr_nb.finetuning import FineTuned, replace_head, resize_queries
 from detr_nb.formats import Sizes
@@ -28,7 +35,15 @@ from detr_nb.hub import describe, read_description
 from detr_nb.loading import Augmented, DataConfig, MemoryDataset, ShapesData
 from detr_nb.losses import SetCriterion
 from detr_nb.matcher import HungarianMatcher
-from detr_nb.model import DETRConfig, DETRDemo, ResNetConfig, TinyConfig, TinyModel, detr_tiny, postprocess
+from detr_nb.model import (
+    DETRConfig,
+    DETRDemo,
+    ResNetConfig,
+    TinyConfig,
+    TinyModel,
+    detr_tiny,
+    postprocess,
+)
 from detr_nb.notation import toy_output, toy_targets
 from detr_nb.optimizer import freeze, rate_groups
 from detr_nb.shapes import DEFAULT, EASY, SceneConfig, Scenes, make_scene
@@ -181,7 +196,8 @@ def test_the_home_folder_is_found_from_files_python_and_flags(monkeypatch, tmp_p
     from detr_nb.cli import Predict
 
     assert text_config(TrainConfig, "folder: ~/runs/x").folder == str(tmp_path / "runs" / "x")
-    assert text_config(Predict, "images: [~/a.png]\nout: ~/found_x") == Predict((tmp_path / "a.png",), out=tmp_path / "found_x")
+    read = text_config(Predict, "images: [~/a.png]\nout: ~/found_x")
+    assert read == Predict((tmp_path / "a.png",), out=tmp_path / "found_x")
     assert ShapesData(cache="~/c").cache == str(tmp_path / "c") and FineTuned("~/w").weights == str(tmp_path / "w")
     assert read_config(["--folder", "~/runs/x"]).folder == str(tmp_path / "runs" / "x")
 
@@ -289,7 +305,8 @@ def test_a_description_costs_nothing_before_it_is_refused():
     fault("Preprocess(std NaN, mean NaN)", lambda: Preprocess(mean=(NAN, 1, 1)), "mean[0] is nan: it must be"),
     *[fault("Preprocess(short_side NaN, 1.5, '800', size 64, longest 1)", *row) for row in (
         (lambda: Preprocess(NAN), "short_side is nan"), (lambda: Preprocess(1.5), "short_side is 1.5"),
-        (lambda: Preprocess("800"), "short_side is '800'"), (lambda: Preprocess(size=64), "size is 64: it must be a list"))],
+        (lambda: Preprocess("800"), "short_side is '800'"),
+        (lambda: Preprocess(size=64), "size is 64: it must be a list"))],
     (lambda: Preprocess(size=(40000, 40000)), "size[0] is 40000: it must be a whole number of at least 1"),
     (lambda: Preprocess(mean=("a", "b", "c")), "mean[0] is 'a': it must be a number"),
     (lambda: Preprocess(size=(1.5, 64)), "size[0] is 1.5"), (lambda: Preprocess(std=(1, 1)), "std is (1, 1)"),
@@ -304,7 +321,8 @@ def test_a_description_costs_nothing_before_it_is_refused():
     fault("cost_bbox -5", lambda: HungarianMatcher(cost_bbox=-5), "HungarianMatcher.cost_bbox is -5: it must be"),
     (lambda: HungarianMatcher(cost_class=NAN), "HungarianMatcher.cost_class is nan"),
     (lambda: HungarianMatcher(cost_giou="2"), "HungarianMatcher.cost_giou is '2'"),
-    (lambda: SetCriterion(-1), "SetCriterion.num_classes is -1"), (lambda: SetCriterion(2.5), "SetCriterion.num_classes"),
+    (lambda: SetCriterion(-1), "SetCriterion.num_classes is -1"),
+    (lambda: SetCriterion(2.5), "SetCriterion.num_classes"),
     (lambda: SetCriterion(3, no_object_weight=-1), "SetCriterion.no_object_weight is -1"),
     (lambda: SetCriterion(3).reweigh("loss_ce", NAN), "loss_ce is nan"),
     (lambda: SetCriterion(3).reweigh("loss_x", 1), "loss_x weighs None"),
@@ -544,7 +562,9 @@ BAD_COLUMNS = [
 
 
 @pytest.mark.fault(COLUMNS)
-@pytest.mark.parametrize(("target", "detections"), [*BAD_COLUMNS, (truth(size=None), found()), (truth(size=(0, 8)), found())])
+@pytest.mark.parametrize(
+    ("target", "detections"), [*BAD_COLUMNS, (truth(size=None), found()), (truth(size=(0, 8)), found())]
+)
 def test_columns_that_do_not_fit_are_refused_by_image_and_name(target, detections):
     with pytest.raises(ValueError, match=r"image 0: (target|detection) \w+ are|sizes"):
         coco_evaluate([target], [detections], ["a", "b"], [1, 2])

@@ -10,7 +10,8 @@ SETTINGS = {
     "default": "default: six classes, 1 to 10 objects, clutter",
 }
 RECIPES = {"": "", "paper_": ", the paper's rates and weights"}
-HEAD = """Vanilla DETR from scratch on two processor cores, in bfloat16 by autocast, COCO AP on 500 held-out scenes, mean over seeds:
+HEAD = """Vanilla DETR from scratch on two processor cores, in bfloat16 by autocast, COCO AP on 500 held-out scenes, \
+mean over seeds:
 
 | setting | budget | seeds | AP | AP50 | how it was made |
 |---|---|---|---|---|---|
