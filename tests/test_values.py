@@ -1,4 +1,4 @@
-"""Values that nobody means are refused where they enter, by field, value and what is allowed, or read as they must be."""
+"""Values that nobody means are refused where they enter, by field, value and what is allowed, or read right."""
 
 import json
 import sys
