@@ -37,6 +37,29 @@ class LastLayer(nn.Module):
         out = self.model(images, pad)
         return out.logits[-1], out.boxes[-1]
 
+# %% ../nbs/21_export.ipynb #3a1b0889
+def check_detector(model: object) -> None:
+    """Refuse what does not map (images, pad) to predictions."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{type(model).__name__} is no model: give a detector")
+    taken = list(signature(model.forward).parameters)
+    if not {"images", "pad"} <= set(taken):
+        raise ValueError(
+            f"{type(model).__name__} takes ({', '.join(taken)}): give a detector that"
+            " takes (images, pad)"
+        )
+
+
+def check_place(path: str | Path) -> None:
+    """Refuse a path that no file can have."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file in it")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path} lies in no folder: make {path.parent} first")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise PermissionError(f"{path} may not be written: name another place")
+
 # %% ../nbs/21_export.ipynb #1a1e5c65
 @torch.no_grad()
 def export_program(model: nn.Module) -> "torch.export.ExportedProgram":
@@ -72,29 +95,6 @@ def export_program(model: nn.Module) -> "torch.export.ExportedProgram":
         return program
     finally:
         type_checks.update("jaxtyping_disable", before)
-
-# %% ../nbs/21_export.ipynb #3a1b0889
-def check_detector(model: object) -> None:
-    """Refuse what does not map (images, pad) to predictions."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{type(model).__name__} is no model: give a detector")
-    taken = list(signature(model.forward).parameters)
-    if not {"images", "pad"} <= set(taken):
-        raise ValueError(
-            f"{type(model).__name__} takes ({', '.join(taken)}): give a detector that"
-            " takes (images, pad)"
-        )
-
-
-def check_place(path: str | Path) -> None:
-    """Refuse a path that no file can have."""
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: name a file in it")
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{path} lies in no folder: make {path.parent} first")
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise PermissionError(f"{path} may not be written: name another place")
 
 # %% ../nbs/21_export.ipynb #e86b2d50
 def export_onnx(model: nn.Module, path: str | Path) -> Path:
