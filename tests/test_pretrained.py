@@ -750,7 +750,8 @@ def test_kept_rows_keep_their_scores(tiny):
 
 
 @pytest.mark.parametrize("num_classes, keep, words", [
-    (0, None, "num_classes is 0: it must be a whole number of at least 1"), (3, {3: 0}, "new classes in keep must be different numbers from 0 to 2"),
+    (0, None, "num_classes is 0: it must be a whole number of at least 1"),
+    (3, {3: 0}, "new classes in keep must be different numbers from 0 to 2"),
     (3, {0: 6}, "old classes in keep must be from 0 to 5"), (3, {0: -1}, "old classes in keep"),
 ])
 def test_an_impossible_head_is_refused_and_changes_nothing(tiny, num_classes, keep, words):
@@ -775,7 +776,8 @@ def test_fewer_and_more_queries(tiny):
 
 
 @pytest.mark.parametrize("n, keep, words", [
-    (0, None, "resize_queries.n is 0: it must be"), (2, [0, 1, 2], "keep names 3 queries"), (5, [0, 16], "from 0 to 15"),
+    (0, None, "resize_queries.n is 0: it must be"),
+    (2, [0, 1, 2], "keep names 3 queries"), (5, [0, 16], "from 0 to 15"),
     (5, [1, 1], "different"), (5, [-1], r"keep\[0\] is -1: it must be a whole number of at least 0"),
 ])
 def test_impossible_queries_are_refused_and_change_nothing(tiny, n, keep, words):

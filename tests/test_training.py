@@ -23,7 +23,7 @@ import detr_nb.optimizer as optimizer
 import detr_nb.runs as runs
 import detr_nb.steps as steps
 import detr_nb.training as chapter
-from detr_nb.config import config_text
+from detr_nb.config import ConfigError, config_text
 from detr_nb.data import Batch, Preprocess, pad_images
 from detr_nb.loading import Augmented, DataConfig, MemoryLoader, ShapesData, batches
 from detr_nb.losses import SetCriterion
