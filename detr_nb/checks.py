@@ -236,13 +236,13 @@ def grey_bytes(
     if not 0 <= low <= high < 2**16:  # NaN is not either
         value = f"grey with numbers from {low} to {high}"
         raise bad_picture(file, value, "save it with 8 or 16 bits a pixel")
-    broken, stored = values.dtype.kind == "f", values.dtype.name
-    if broken and high <= 1:
+    fractional, stored = values.dtype.kind == "f", values.dtype.name
+    if fractional and high <= 1:
         found, values = "shares of full brightness", (values * 255).round()
     else:
         bits = next(bits for bits in DEPTHS if high < 2**bits)
         found, values = f"numbers of {bits} bits", values // 2 ** (bits - 8)
-    if high and (broken or bits < 16):
+    if high and (fractional or bits < 16):
         warnings.warn(
             f"grey pictures in {Path(file).parent} hold numbers as {stored}, which are"
             f" read as {found}",
@@ -265,7 +265,7 @@ def read_image(path: Path | str) -> UInt8[Tensor, "3 y x"]:
 
     Args:
         path: an ordinary file of a format in `FORMATS`; of a moving picture the first
-            frame is read. Grey numbers of 16 bits, or broken ones, become bytes by the
+            frame is read. Grey numbers of 16 bits, or fractional ones, become bytes by the
             rule of `grey_bytes`.
 
     Raises:
@@ -300,7 +300,9 @@ def check_colours(
     remedy = None
     if kind != "uint8":
         scaled = "(255 * image).round() converted to uint8, if they go from 0 to 1"
-        remedy = f"{BYTES}; of broken numbers {scaled}" if "float" in kind else BYTES
+        remedy = (
+            f"{BYTES}; of fractional numbers {scaled}" if "float" in kind else BYTES
+        )
     elif 0 in shape:
         remedy = "give at least one pixel"
     elif len(shape) == 4:
@@ -725,8 +727,15 @@ def check_data(
 
 # %% ../nbs/82_checks.ipynb #664e0782
 def summary(problems: Sequence[Problem], limit: int = 20) -> str:
-    """A text for people: how many problems of each kind, then the first `limit` of
-    them."""
+    """A text for people: how many problems of each kind, then the first of them.
+
+    Args:
+        problems: as `check_data` gives them.
+        limit: how many are shown.
+
+    Returns:
+        The lines, joined.
+    """
     if not problems:
         return "no problems found"
     counts = Counter(problem.kind for problem in problems).most_common()

@@ -669,7 +669,7 @@ def to_yaml(words: object) -> object:
     )
 
 # %% ../nbs/80_config.ipynb #a25bf3f8
-def whole_config(kind: type[Config], words: object, what: str) -> dict:
+def whole_config(words: object, what: str) -> dict:
     """The words of a whole configuration."""
     if isinstance(words, Mapping):
         return dict(words)
@@ -680,15 +680,71 @@ def whole_config(kind: type[Config], words: object, what: str) -> dict:
 
 def text_config(kind: type[Config], text: str) -> Config:
     """The configuration that a YAML text describes."""
-    return kind.read(whole_config(kind, load_words(text), "the text"))
+    return kind.read(whole_config(load_words(text), "the text"))
 
 # %% ../nbs/80_config.ipynb #01875948
 def config_text(config: Config) -> str:
-    """The configuration as YAML, which `--config` and `text_config` read."""
+    """The configuration as YAML, which `--config` and `text_config` read.
+
+    Args:
+        config: any configuration.
+
+    Returns:
+        The text; a nested configuration names its class where it is not plain which.
+
+    Raises:
+        ConfigError: naming a field whose value has no plain form.
+    """
     words = {
         name: to_yaml(value) for name, value in config.plain().items() if name != "kind"
     }
     return yaml.dump(words, Dumper=WordsDumper, sort_keys=False, allow_unicode=True)
+
+# %% ../nbs/80_config.ipynb #1ba2b0d3
+def load_file(path: Path) -> None:
+    """Import a .py file under its own name, once; another module may not have it."""
+    if (known := sys.modules.get(path.stem)) is not None:
+        place = getattr(known, "__file__", None)
+        if place is None or Path(place).resolve() != path.resolve():
+            raise ImportError(f"{path.stem} is another module already: rename the file")
+        return
+    spec = spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(path.stem, None)
+        raise
+
+
+def load_plugin(name: str) -> None:
+    """Import a module by its name, or a .py file under the name of the file."""
+    path = Path(name).expanduser()
+    try:
+        if path.suffix == ".py":
+            load_file(path)
+        else:
+            import_module(name)
+    except Exception as error:
+        raise ConfigError(
+            "--plugin",
+            f"is {name!r}, which cannot be imported ({type(error).__name__}: {error}):"
+            " give the name of an installed module, or a .py file",
+        ) from error
+
+# %% ../nbs/80_config.ipynb #80c0002f
+def load_plugins(words: Sequence[str]) -> list[str]:
+    """Import what `--plugin` names on a command line, and return the other words."""
+    rest, stream = [], iter(words)
+    for word in stream:
+        flag, equals, name = word.partition("=")
+        if word == "--":
+            return [*rest, word, *stream]
+        if flag == "--plugin":
+            load_plugin(name if equals else next(stream, ""))
+        else:
+            rest.append(word)
+    return rest
 
 # %% ../nbs/80_config.ipynb #dc31b469
 class Flag(NamedTuple):
@@ -856,7 +912,7 @@ def file_words(kind: type[Config], file: str) -> dict:
         reason = error.strerror or error
         raise ConfigError("--config", f"is {file}: {reason}; name a file") from error
     try:
-        return whole_config(kind, load_words(text), "the file")
+        return whole_config(load_words(text), "the file")
     except ConfigError as error:
         raise ConfigError(error.field, error.reason, str(file)) from error
 
@@ -937,37 +993,3 @@ def parse_config(kind: type[Config], words: Sequence[str]) -> Config:
     """The configuration that flags, or a file named by `--config`, describe."""
     words = load_plugins(words)
     return read_options(kind, options_parser(kind), words)
-
-# %% ../nbs/80_config.ipynb #1ba2b0d3
-def load_plugin(name: str) -> None:
-    """Import a module by its name, or a .py file under the name of the file."""
-    path = Path(name).expanduser()
-    try:
-        if path.suffix != ".py":
-            import_module(name)
-        elif path.stem not in sys.modules:
-            spec = spec_from_file_location(path.stem, path)
-            module = sys.modules[path.stem] = module_from_spec(spec)
-            spec.loader.exec_module(module)
-    except Exception as error:
-        if path.suffix == ".py":
-            sys.modules.pop(path.stem, None)
-        raise ConfigError(
-            "--plugin",
-            f"is {name!r}, which cannot be imported ({type(error).__name__}: {error}):"
-            " give the name of an installed module, or a .py file",
-        ) from error
-
-
-def load_plugins(words: Sequence[str]) -> list[str]:
-    """Import what `--plugin` names on a command line, and return the other words."""
-    rest, stream = [], iter(words)
-    for word in stream:
-        flag, equals, name = word.partition("=")
-        if word == "--":
-            return [*rest, word, *stream]
-        if flag == "--plugin":
-            load_plugin(name if equals else next(stream, ""))
-        else:
-            rest.append(word)
-    return rest

@@ -131,7 +131,7 @@ class Run:
     Attributes:
         config: what was asked for, to be written down and compared; nothing else reads it.
         model: the model in training; at the end, the model to use.
-        optimizer: Muon with its moments.
+        optimizer: with its moments.
         folder: where log and checkpoint are, or None.
         accelerator: on which device and in how many processes the run takes place.
         averaged: running average of the weights, or None.
@@ -835,6 +835,9 @@ def describe_run(run: Run, what: str, command: str) -> dict[str, object]:
         run: a finished run.
         what: one sentence on what was run.
         command: the command that runs it again.
+
+    Returns:
+        Values that JSON can hold, by name.
     """
     return {
         "what": what,
@@ -860,6 +863,16 @@ def describe_run(run: Run, what: str, command: str) -> dict[str, object]:
 
 
 def write_record(run: Run, what: str, command: str, path: Path) -> None:
-    """Write `describe_run` as a small JSON file."""
+    """Write `describe_run` as a small JSON file.
+
+    Args:
+        run: a finished run.
+        what: one sentence on what was run.
+        command: the command that runs it again.
+        path: of the file; one that is there is replaced.
+
+    Raises:
+        OSError: naming `path`, if it cannot be written.
+    """
     with replacing(path) as file:
         file.write(json_text(describe_run(run, what, command), indent=1) + "\n")
