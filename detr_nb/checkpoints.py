@@ -573,6 +573,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             is not finite or claims more than the file holds; if a folder holds both a
             run and a saved model.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path} is no ordinary file: give a checkpoint or a folder")
     run = path / "checkpoint.pt"
     if run.exists() and (path / WEIGHTS).exists():
         raise ValueError(

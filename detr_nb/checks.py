@@ -127,14 +127,24 @@ def is_clutter(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
+def leads_to(entry: os.DirEntry, kind: str) -> bool:
+    """Ask `is_dir` or `is_file` of what an entry leads to; a link to itself leads
+    nowhere."""
+    try:
+        return getattr(entry, kind)()
+    except OSError:
+        return False
+
+
 def sort_entries(folder: str) -> tuple[list[str], list[str], list[os.DirEntry]]:
     """The folders, the links to folders, and all else in a folder, without clutter."""
     with os.scandir(folder) as entries:
         seen = [entry for entry in entries if not is_clutter(entry.name)]
-    folders = [entry for entry in seen if entry.is_dir()]
+    folders = [entry for entry in seen if leads_to(entry, "is_dir")]
+    rest = set(seen) - set(folders)
     real = [entry.path for entry in folders if not entry.is_symlink()]
     links = [entry.path for entry in folders if entry.is_symlink()]
-    return real, links, [entry for entry in seen if not entry.is_dir()]
+    return real, links, [entry for entry in seen if entry in rest]
 
 # %% ../nbs/82_checks.ipynb #82f00003
 def walk(folder: Path | str, left_out: Counter) -> Iterator[os.DirEntry]:
@@ -160,7 +170,7 @@ def walk(folder: Path | str, left_out: Counter) -> Iterator[os.DirEntry]:
 def why_left_out(entry: os.DirEntry) -> str | None:
     """The ending of a file that is no picture, or what else it is; None for a
     picture."""
-    if not entry.is_file():  # of a link: what it leads to
+    if not leads_to(entry, "is_file"):  # of a link: what it leads to
         return "broken link" if entry.is_symlink() else "pipe or device"
     ending = Path(entry.name).suffix.lower()
     return None if ending in PICTURES else ending or "file without an ending"

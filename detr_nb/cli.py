@@ -207,7 +207,9 @@ def has_our_rows(place: Path) -> bool:
 def check_folder(out: Path) -> None:
     """Refuse a folder that cannot be made or written to, without making it."""
     there = next(
-        place for place in (out, *absolute(out).parents) if os.path.lexists(place)
+        place
+        for place in (absolute(out), *absolute(out).parents)
+        if os.path.lexists(place)
     )
     if not there.is_dir():
         raise ValueError(f"--out {out}: {there} is no folder; give another place")
@@ -352,6 +354,9 @@ class Detections(RowFile):
             self.file.truncate()
             os.fsync(self.file.fileno())
         self.file.close()
+        if not (whole or self.count) and self.place.exists():
+            self.part.unlink()
+            return self.place
         if whole or not self.place.exists():
             self.part.replace(self.place)
             return self.place
@@ -528,11 +533,11 @@ def work_through(seen: Iterator[bool], rows: Detections, tally: Tally) -> None:
     except OSError as error:
         tally.full = error
     finally:
-        kept = one_line(rows.keep(whole=tally.full is None))
-        print(
-            f"{tally.done} of {tally.wanted} pictures done, {rows.count} boxes in"
-            f" {kept}"
-        )
+        earlier = rows.place.exists()
+        kept = one_line(rows.keep(whole=tally.full is None and tally.done > 0))
+        boxes = f"{rows.count} boxes in {kept}"
+        told = boxes if tally.done or not earlier else f"{kept} is as it was"
+        print(f"{tally.done} of {tally.wanted} pictures done, {told}")
     if tally.stopped and tally.done + tally.failed < tally.wanted:
         signals.leave()
 
@@ -558,10 +563,14 @@ FOLDER = "runs/detr"  # of a run that names none
 
 def train(config: TrainConfig) -> int:
     """Train, or go on with the run in the folder, and say how good the model became."""
-    run = fit(
-        config if config.folder else replace(config, folder=FOLDER),
-        watch=DiagnosisCallback(),
-    )
+    config = config if config.folder else replace(config, folder=FOLDER)
+    try:
+        run = fit(config, watch=DiagnosisCallback())
+    except (KeyboardInterrupt, Terminated):
+        if (Path(config.folder) / "checkpoint.pt").exists():
+            told = f"the steps so far are saved in {config.folder}"
+            complain(f"{told}: the same command goes on from there")
+        raise
     print(one_line(run.line()))
     folder = shlex.quote(one_line(run.folder))
     print(f"the model is in {folder}: detr-nb predict PICTURES --weights {folder}")
@@ -629,7 +638,7 @@ def judge(options: Eval) -> int:
     if options.out:
         check_file(options.out, {"AP", "per_class"}, options.overwrite)
     model = pretrained_model(options.weights or options.folder).to(default_device())
-    metrics = evaluate(model, data.load()[1], options.batch_size)
+    metrics = evaluate(model, data.held_out(), options.batch_size)
     if options.out:
         with replacing(options.out) as file:
             file.write(json_text(metrics, indent=1) + "\n")

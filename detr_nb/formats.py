@@ -378,13 +378,15 @@ def group_rows(images: list, rows: list) -> tuple[dict, list[int]]:
     lost = []
     for place, row in enumerate(rows):
         try:
-            groups[row["image_id"]].append(place)
+            raw = row["image_id"]
+            groups[None if isinstance(raw, bool) else raw].append(place)
         except (KeyError, TypeError):
             lost.append(place)
     orphans = []
     for place in lost:
         raw = rows[place].get("image_id") if isinstance(rows[place], dict) else None
-        key = same_key(raw, groups) if isinstance(raw, Hashable) else None
+        known = isinstance(raw, Hashable) and not isinstance(raw, bool)
+        key = same_key(raw, groups) if known else None
         groups.get(key, orphans).append(place)
     for places in groups.values():
         places.sort()
@@ -522,10 +524,8 @@ class CocoDataset(BoxDataset):
         yield from repeats(self.file, images, "images[{}] file_name", "duplicate")
 
 # %% ../nbs/85_formats.ipynb #754040e8
-def read_xml(file: Path) -> ET.Element:
-    """The root of an XML file; encodings that expat lacks, such as GBK, are Python's
-    work."""
-    data = file.read_bytes()
+def parse_xml(data: bytes) -> ET.Element:
+    """The root; encodings that expat lacks, such as GBK, are Python's work."""
     try:
         return ET.fromstring(data)
     except (ET.ParseError, LookupError, ValueError):
@@ -533,6 +533,14 @@ def read_xml(file: Path) -> ET.Element:
         if told is None:
             raise
         return ET.fromstring(data[told.end() :].decode(told[1].decode()))
+
+
+def read_xml(file: Path) -> ET.Element:
+    """The root of an XML file, with tags in small letters and without namespaces."""
+    root = parse_xml(file.read_bytes())
+    for node in root.iter():
+        node.tag = str(node.tag).rpartition("}")[2].lower()
+    return root
 
 
 NOT_XML = (OSError, ET.ParseError, LookupError, ValueError)  # what reading may raise
@@ -613,7 +621,7 @@ def voc_record(picture: Path, file: Path, number: int, first_pixel: int = 0) -> 
         root = read_xml(file)
     except NOT_XML as error:
         raise unreadable(file, "content", error) from error
-    things = root.findall("object")
+    things = list(root.iter("object"))  # some tools wrap them
     named = {i: thing for i, thing in enumerate(things) if name_of(thing)}
     rows = [
         [thing.findtext(f"bndbox/{side}") for side in SIDES] for thing in named.values()
@@ -735,7 +743,10 @@ def yolo_names(file: Path) -> dict[int, str]:
     """Numbers and names of the classes in a YOLO `data.yaml`, which lists them or
     numbers them."""
     try:
-        node = read_yaml(file)["names"]
+        told = read_yaml(file)
+        if "kpt_shape" in told:
+            raise ValueError("kpt_shape: lines with key points cannot be read")
+        node = told["names"]
         if isinstance(node, yaml.SequenceNode):
             return {i: yaml_word(word, i) for i, word in enumerate(node.value)}
         if not isinstance(node, yaml.MappingNode):
@@ -873,7 +884,7 @@ class YoloDataset(BoxDataset):
     Args:
         images: folder of the images; subfolders are read too. The text files lie in the
             folder that has `labels` for the last `images` of its path, as in
-            `cells/train/images` or `coco/images/train2017`.
+            `cells/train/images` or `coco/images/train2017`; `cells/train` will do, too.
         names: the classes in order, or the `data.yaml` that names them.
         drop_degenerate: leave out boxes without area.
         skip_unreadable: leave out images that cannot be read, with a warning;
@@ -892,7 +903,8 @@ class YoloDataset(BoxDataset):
         drop_degenerate: bool = True,
         skip_unreadable: bool = False,
     ):
-        self.folder = Path(images)
+        inside = Path(images) / "images"
+        self.folder = inside if inside.is_dir() else Path(images)
         self.labels = yolo_labels(self.folder)
         listed = not isinstance(names, (str, Path))
         table = dict(enumerate(names)) if listed else yolo_names(Path(names))

@@ -77,7 +77,7 @@ def describe(model: nn.Module) -> dict[str, object]:
 
 # %% ../nbs/81_hub.ipynb #5a7e0019
 def check_classes(
-    names: Sequence[str] | None, category_ids: Sequence[int] | None, count: int
+    names: Sequence | None, category_ids: Sequence | None, count: int
 ) -> None:
     """Refuse names or ids that are not one for each class."""
     for kind, told in (("names", names), ("category_ids", category_ids)):

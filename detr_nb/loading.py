@@ -493,6 +493,10 @@ class DataConfig(Config):
         """Return what is learned from and what is held out; the latter gives images as
         the model shall see them."""
 
+    def held_out(self) -> Dataset:
+        """What is held out, alone; a source that can load it alone does."""
+        return self.load()[1]
+
     def evaluate(
         self, model: nn.Module, dataset: Dataset, **options: object
     ) -> dict[str, float | dict[str, float]]:
@@ -542,6 +546,10 @@ class ShapesData(DataConfig):
         return self.series(self.train_images, seed=1), self.series(
             self.val_images, seed=2
         )
+
+    def held_out(self) -> MemoryDataset:
+        """Draw or read the second series only."""
+        return self.series(self.val_images, seed=2)
 
     def series(self, count: int, seed: int) -> MemoryDataset:
         """Draw or read one series."""

@@ -282,7 +282,7 @@ def test_links_pipes_and_folders_that_are_called_like_pictures(capsys):
 def test_folders_as_people_have_them(name, count, capsys):
     shutil.copytree(ROOT / "tests" / "data" / "cases" / name, "in")
     if name.startswith("20"):
-        shutil.copytree("in", "in/.ipynb_checkpoints")
+        shutil.copytree("in", "in/.ipynb_checkpoints", dirs_exist_ok=True)
     assert main(["predict", "in"]) == 0
     said = capsys.readouterr().out
     assert int(said.split()[0]) in (count, count + 1)  # avif, where this Pillow reads it
