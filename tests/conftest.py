@@ -14,7 +14,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 BROWSER = ["test_pages", "test_explorables", "test_pdf"]
-LONGEST = [*BROWSER, "test_project", "test_faults", "test_pretrained", "test_hub", "test_training", "test_distributed"]
+LONGEST = [*BROWSER, "test_project", "test_faults", "test_pretrained", "test_hub", "test_training", "test_distributed",
+           "test_commands", "test_files", "test_annotations", "test_exercises", "test_strangers", "test_values"]
 SHARED = "PYTEST_XDIST_WORKER" in os.environ
 if SHARED:
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start; read when torch is imported
