@@ -79,7 +79,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--faults", type=Path, help="a file for the outcome of every bad input that tests are marked with")
+    parser.addoption("--faults", help="a file for the outcome of every bad input that tests are marked with")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -87,7 +87,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Note how the library took each bad input, one line of JSON for each mark and phase."""
     report = yield
     if (file := item.config.getoption("--faults")) and (report.when == "call" or report.outcome != "passed"):
-        with file.open("a") as notes:
+        with Path(file).open("a") as notes:
             for mark in item.iter_markers("fault"):
                 notes.write(json.dumps({"input": mark.args[0], "test": item.nodeid, "outcome": report.outcome}) + "\n")
     return report
