@@ -456,7 +456,7 @@ def memory(names=("a", "b", "c"), ids=None) -> MemoryDataset:
     lambda model: resize_queries(model, 4, [0, 0]), lambda model: freeze(model, "memory", "no such part"),
     lambda model: rate_groups(model, {"": 1e-4, "memory": -1}), lambda model: rate_groups(model, {"": NAN}),
     lambda model: rate_groups(model, {"memory": 0}), lambda model: rate_groups(model, {"": "fast"}),
-], ids=str)
+])
 def test_a_model_stays_as_it_was_if_it_cannot_be_changed(change):
     model = detr_tiny()
     before = {name: value.clone() for name, value in model.state_dict().items()}
