@@ -48,9 +48,11 @@ KINDS = (
     "polygon",
     "left out",
     "crowded",
+    "shares",
     "empty",
 )
 # refused on loading; the others can be repaired or tolerated
+HARMLESS = ("polygon",)  # said, but nothing is wrong
 FATAL = ("unreadable", "unknown class", "non-finite", "outline", "ambiguous")
 
 # %% ../nbs/82_checks.ipynb #613a6277
@@ -90,6 +92,7 @@ class DataError(ValueError):
 # what to do, by the first of these errors that fits
 REMEDIES = {
     FileNotFoundError: "check the folder, or drop the entry",
+    IsADirectoryError: "name a file in it",
     UnicodeError: "save the file as UTF-8",
     OSError: "restore the file, or take it off the list",
 }
@@ -612,6 +615,7 @@ class Tally:
 
     objects: int = 0
     most: int = 0
+    largest: float = 0.0  # corner of a box, pixels
     polygons: int = 0
     unknown: int = 0
 
@@ -624,6 +628,8 @@ class Tally:
         self.most = max(self.most, count)
         self.polygons += record.polygons
         finite = record.boxes_xyxy.isfinite().all().item()
+        if len(there) and finite:
+            self.largest = max(self.largest, record.boxes_xyxy.max().item())
         self.unknown += bool(record.faults) or not finite
 
 # %% ../nbs/82_checks.ipynb #82a0000d
@@ -648,6 +654,10 @@ def count_problems(
         remedy = "do the annotations belong to these pictures?"
         value = f"none in {images} images"
         yield Problem(where, "number of objects", value, remedy, "empty")
+    if tally.objects and not tally.unknown and tally.largest <= 1:
+        remedy = "are these shares of the picture? multiply by its width and height"
+        field, value = "largest corner of all boxes", f"{tally.largest:.3g} pixels"
+        yield Problem(where, field, value, remedy, "shares")
     if tally.polygons:
         remedy, value = "nothing to do, their boxes are taken", "a polygon"
         field = f"form of {tally.polygons} boxes"

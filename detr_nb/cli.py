@@ -37,6 +37,7 @@ from tqdm import tqdm
 from .bench import Bench, bench
 from .boxes import xyxy_to_xywh
 from detr_nb.checks import (
+    HARMLESS,
     PICTURES,
     DataError,
     Problem,
@@ -239,7 +240,7 @@ def check_places(out: Path, results: Sequence[Path], overwrite: bool) -> None:
     for folder in sorted(folders - {out}):
         check_below(out, folder)
     for place in (*lists, *results):
-        if place in folders or (place.is_dir() and not place.is_symlink()):
+        if place in folders or (os.path.isdir(place) and not place.is_symlink()):
             raise ValueError(f"--out {out}: {place} is a folder; give another place")
     there = [path for path in (*lists, *results) if os.path.lexists(path)]
     foreign = [
@@ -490,7 +491,7 @@ def write_result(picture: Image.Image, place: Path) -> bool:
 
 # %% ../nbs/18_cli.ipynb #18f00016
 @dataclass
-class Tally:
+class Progress:
     """How far the work is, and what ended it early."""
 
     wanted: int
@@ -520,7 +521,7 @@ def predict_all(
         yield good
 
 # %% ../nbs/18_cli.ipynb #18f00017
-def work_through(seen: Iterator[bool], rows: Detections, tally: Tally) -> None:
+def work_through(seen: Iterator[bool], rows: Detections, tally: Progress) -> None:
     """Count the pictures until all are seen, or a signal or a full disk ends it; keep
     the rows and say so, however it ends."""
     try:
@@ -550,7 +551,7 @@ def predict(options: Predict) -> int:
     if left_out:
         complain(f"left out: {one_line(count_words(left_out))}")
     model = pretrained_model(options.weights).to(default_device())
-    rows, tally = Detections(options.out), Tally(len(pictures))
+    rows, tally = Detections(options.out), Progress(len(pictures))
     pairs = list(zip(pictures, results, strict=True))
     work_through(predict_all(model, pairs, options, rows), rows, tally)
     if tally.full:
@@ -683,7 +684,7 @@ def check(options: CheckData) -> int:
         print(f"{name}: {len(part)} images, {len(part.names)} classes, ", end="")
         print("\n".join(map(shorter, summary(problems).split("\n"))))
         found += problems
-    return 1 if found else 0
+    return int(any(problem.kind not in HARMLESS for problem in found))
 
 # %% ../nbs/18_cli.ipynb #18c00029
 def measure_peers(options: Bench) -> int:

@@ -11,6 +11,7 @@ import sys
 import warnings
 from abc import ABC, abstractmethod
 from argparse import SUPPRESS, Action, ArgumentParser, Namespace
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from difflib import get_close_matches
@@ -117,9 +118,10 @@ Width = Annotated[int, Within(1, 2**16)]  # channels, heads
 # %% ../nbs/80_config.ipynb #8f4b5704
 Pixels = Annotated[int, Within(1, 2**16)]
 FrameSide = Annotated[int, Within(1, 2**13)]  # to which a picture is resized
+PhotoSide = Annotated[int, Within(16, 2**13)]  # the same of photographs in a run
 Layers = Annotated[int, Within(0, 100)]
 Depth = Annotated[int, Within(1, 100)]  # layers, of which there must be one
-QueryCount = Annotated[int, Within(1, 10**5)]
+QueryCount = Annotated[int, Within(1, 10**4)]
 ClassCount = Annotated[int, Within(1, 10**6)]
 Share = Annotated[Number, Within(0, 1)]
 # what is dropped or kept: never all
@@ -152,7 +154,7 @@ Names = Annotated[tuple[Text, ...], Limits(max_length=10**6)]  # of classes
 CategoryId = Annotated[int, Within(-(2**63), 2**63 - 1)]
 CategoryIds = Annotated[tuple[CategoryId, ...], Limits(max_length=10**6)]
 Stages = Annotated[tuple[Width, ...], Limits(min_length=1, max_length=32)]
-Sides = Annotated[tuple[FrameSide, ...], Limits(min_length=1, max_length=1000)]
+Sides = Annotated[tuple[PhotoSide, ...], Limits(min_length=1, max_length=1000)]
 
 # %% ../nbs/80_config.ipynb #80c0000f
 class ConfigError(ValueError):
@@ -592,7 +594,7 @@ class WordsLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
         """Refuse a key that stands there twice."""
         keys = [str(key.value) for key, _ in node.value]
-        if twice := next((key for key in keys if keys.count(key) > 1), None):
+        if twice := next((key for key, n in Counter(keys).items() if n > 1), None):
             raise yaml.MarkedYAMLError(
                 problem=f"{twice} stands there twice: keep one of them",
                 problem_mark=node.start_mark,

@@ -49,7 +49,7 @@ from detr_nb.checks import (
     unreadable,
     walk,
 )
-from .config import Config, ConfigError, FrameSide, Pixels, Sides, Workers
+from .config import Config, ConfigError, PhotoSide, Sides, Within, Workers
 from detr_nb.data import (
     TRAIN_SIDES,
     Preprocess,
@@ -282,7 +282,8 @@ def row_problem(
         return Problem(str(file), where, value, remedy, "unreadable")
     field = first["loc"][0]
     value = "missing" if first["type"] == "missing" else reprlib.repr(first["input"])
-    remedy = f"write {kind.model_fields[field].description}"
+    told = kind.model_fields[field].description or "what other rows have there"
+    remedy = f"write {told}"
     return Problem(str(file), f"{where} {field}", value, remedy, "unreadable")
 
 # %% ../nbs/85_formats.ipynb #85a0000d
@@ -1026,10 +1027,10 @@ class Sizes(Config):
     """
 
     short_sides: Sides = TRAIN_SIDES
-    longest: Pixels = 1333
-    crop: tuple[Pixels, ...] = (384, 600)
+    longest: Annotated[int, Within(16, 2**16)] = 1333
+    crop: tuple[PhotoSide, ...] = (384, 600)
     before_crop: Sides = (400, 500, 600)
-    eval_side: FrameSide = 800
+    eval_side: PhotoSide = 800
 
     def check_pairs(self) -> None:
         """A crop has two sides, in order."""

@@ -561,7 +561,7 @@ def check_before(
         raise ValueError(
             f"{role}: there are 0 images: does its split or file list any?"
         )
-    if list(dataset.names) != list(names):
+    if sorted(dataset.names) != sorted(names):  # evaluation joins another order
         raise ValueError(
             f"{role}: its classes are {list(dataset.names)}, but those to learn from"
             f" have {list(names)}: give both one list of names"

@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 
 from detr_nb.checkpoints import read_checkpoint
-from detr_nb.checks import DataError, picture_files
+from detr_nb.checks import DataError, check_data, picture_files
 from detr_nb.cli import main
-from detr_nb.formats import CocoDataset, VocDataset, YoloDataset
+from detr_nb.config import ConfigError, text_config
+from detr_nb.formats import CocoDataset, Sizes, VocDataset, YoloDataset
 from detr_nb.loading import ShapesData
 from detr_nb.shapes import EASY
+from detr_nb.training import TrainConfig
 
 
 def picture(path: Path) -> Path:
@@ -99,3 +101,39 @@ def test_a_place_above_the_root_is_no_mistake_of_the_program(tmp_path, capsys):
     out = f"{tmp_path}/missing" + "/.." * 40 + os.path.relpath(tmp_path / "found", "/").join(("/", ""))
     assert main(["predict", str(picture(tmp_path / "a.png")), "--out", out]) == 0
     assert "mistake" not in capsys.readouterr().err
+
+
+def coco(folder: Path, boxes: list, name: str = "ann.json") -> Path:
+    picture(folder / "a.png")
+    rows = [{"id": i, "image_id": 1, "category_id": 1, "bbox": box} for i, box in enumerate(boxes)]
+    content = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": rows,
+               "categories": [{"id": 1, "name": "cat"}]}
+    (folder / name).write_text(json.dumps(content))
+    return folder / name
+
+
+@pytest.mark.parametrize(("boxes", "kinds"), [
+    ([[0.1, 0.2, 0.3, 0.4], [0.5, 0.5, 0.5, 0.5]], ["shares"]), ([[0.1, 0.2, 0.3, 0.4], [5, 5, 20, 20]], []),
+    ([], ["empty"]),
+])
+def test_boxes_that_are_shares_of_the_picture_are_named(tmp_path, boxes, kinds):
+    found = check_data(CocoDataset(tmp_path, coco(tmp_path, boxes)))
+    assert [problem.kind for problem in found] == kinds
+
+
+def test_polygons_alone_are_nothing_wrong(tmp_path, capsys):
+    names = yolo(tmp_path, "0 .1 .1 .9 .1 .5 .9")
+    places = [f"--data.{part}={tmp_path / 'train'}" for part in ("train", "val")]
+    assert main(["check-data", "--data", "YoloData", *places, f"--data.names={names}"]) == 0
+    assert "polygon" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [{"eval_side": 1}, {"longest": 10}, {"short_sides": (8,)}, {"crop": (1, 2)}])
+def test_photographs_keep_some_pixels(change):
+    with pytest.raises(ConfigError, match=f"{next(iter(change))}.* is .*: it must be a whole number of at least 16"):
+        Sizes(**change)
+
+
+def test_a_file_of_many_names_ends_at_the_first_that_is_unknown():
+    with pytest.raises(ConfigError, match="name0 is unknown"):
+        text_config(TrainConfig, "".join(f"name{i}: 1\n" for i in range(20_000)))
