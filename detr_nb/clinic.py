@@ -596,7 +596,7 @@ class DiagnosisCallback:
         ap = run.history[-1].get("metrics", {}).get("AP", 1.0)
         if ap < 0.01 and run.progress >= 0.5 and not self.told:
             self.told = True
-            words = f"step {run.step}: AP is {ap:.3f}. Likely causes:\n"
+            words = f"step {run.step}: AP is {ap:.3f}. What an examination says:\n"
             self.show(words + self.examined(run))
 
     def examined(self, run: Run) -> str:

@@ -235,7 +235,7 @@ def test_a_run_that_made_no_step_can_be_examined():
 def test_the_callback_speaks_once_and_only_if_ap_stays_at_zero():
     said = []
     fit(replace(CONFIG, steps=8, evaluations=8, ema=0), watch=DiagnosisCallback(said.append))
-    assert len(said) == 1 and said[0].startswith("step 4: AP is 0.000. Likely causes:\n")
+    assert len(said) == 1 and said[0].startswith("step 4: AP is 0.000. What an examination says:\n")
 
     run = create_run(CONFIG, CONFIG.data.load()[0])
     run.step = CONFIG.steps
