@@ -274,7 +274,7 @@ def explain_predictions(out: Output) -> str:
             layer, image = bad.nonzero()[0].tolist()
             return (
                 f"predicted {name} are not finite (first at decoder layer {layer},"
-                f" image {image} of the batch). What an examination says: a learning rate that is"
+                f" image {image} of the batch). Likely causes: a learning rate that is"
                 " too high, an overflow in half precision, or images that were not"
                 " normalised. Lower the rate, clip gradients, or train in float32"
             )
