@@ -61,7 +61,7 @@ from detr_nb.config import (
     text_config,
 )
 from .evaluation import evaluate
-from .files import json_text, printable, replacing
+from .files import json_text, locked, printable, replacing
 from .loading import DataConfig
 from .measuring import default_device
 from .model import DETR, DETRDemo
@@ -551,9 +551,11 @@ def predict(options: Predict) -> int:
     if left_out:
         complain(f"left out: {one_line(count_words(left_out))}")
     model = pretrained_model(options.weights).to(default_device())
-    rows, tally = Detections(options.out), Progress(len(pictures))
-    pairs = list(zip(pictures, results, strict=True))
-    work_through(predict_all(model, pairs, options, rows), rows, tally)
+    pairs, tally = list(zip(pictures, results, strict=True)), Progress(len(pictures))
+    options.out.mkdir(parents=True, exist_ok=True)
+    with locked(options.out / ROWS, "a folder of results"):
+        rows = Detections(options.out)
+        work_through(predict_all(model, pairs, options, rows), rows, tally)
     if tally.full:
         complain(explain(tally.full))
     return tally.code

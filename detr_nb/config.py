@@ -459,9 +459,7 @@ class Config(ABC):  # noqa: B024 - its kinds have abstract methods of their own
             name: over_default(value, known[name], kind)
             for name, value in words.items()
         }
-        return kind(
-            **{name: checked(kind, name, value) for name, value in told.items()}
-        )
+        return kind(**told)
 
     def plain(self) -> dict[str, object]:
         """The configuration as plain values, from which `read` makes an equal one.
@@ -623,7 +621,7 @@ def load_words(text: str) -> object:
     try:
         return from_yaml(yaml.load(text, WordsLoader))  # noqa: S506 - a safe loader
     except yaml.YAMLError as error:
-        raise ConfigError("the text", f"is no YAML: {one_line(error)}") from error
+        raise ConfigError("the text", f"is no YAML: {yaml_complaint(error)}") from error
     except (RecursionError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -632,7 +630,7 @@ def load_words(text: str) -> object:
         ) from error
 
 
-def one_line(error: yaml.YAMLError) -> str:
+def yaml_complaint(error: yaml.YAMLError) -> str:
     """What a YAML reader complains about, and where."""
     mark, problem = (
         getattr(error, "problem_mark", None),
