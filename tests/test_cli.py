@@ -32,12 +32,12 @@ from detr_nb.cli import (
     predict,
     result_paths,
 )
-from detr_nb.config import read_options
 from detr_nb.data import Preprocess
 from detr_nb.formats import write_coco
 from detr_nb.model import DETR, detr_tiny
 from detr_nb.pretrained import predict_image, pretrained_model
 from detr_nb.shapes import DEFAULT, EASY, NAMES, Scenes
+from detr_nb.terminal import read_options
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTOGRAPHS = sorted((DATA / "bccd" / "JPEGImages").glob("*.jpg"))

@@ -19,9 +19,10 @@ from PIL import Image
 
 import detr_nb.cli as cli
 from detr_nb.checks import Problem
-from detr_nb.cli import COMMANDS, Detections, Outlet, explain, in_one_line, main, signed
+from detr_nb.cli import COMMANDS, Detections, in_one_line, main, signed
 from detr_nb.model import detr_tiny
 from detr_nb.shapes import EASY, Scenes
+from detr_nb.terminal import Outlet, explain
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = shutil.which("detr-nb", path=Path(sys.executable).parent)
