@@ -44,7 +44,7 @@ from detr_nb.checks import (
 from .clinic import DiagnosisCallback
 from .config import BatchSize, Config, Place, Share, Switch, text_config
 from .evaluation import evaluate
-from .files import json_text, locked, printable, replacing
+from .files import json_text, locked, replacing
 from .loading import DataConfig
 from .measuring import default_device
 from .model import DETR, DETRDemo

@@ -446,7 +446,9 @@ class Config(ABC):  # noqa: B024 - its kinds have abstract methods of their own
             name: over_default(value, known[name], kind)
             for name, value in words.items()
         }
-        return kind(**told)
+        return kind(
+            **{name: checked(kind, name, value) for name, value in told.items()}
+        )
 
     def plain(self) -> dict[str, object]:
         """The configuration as plain values, from which `read` makes an equal one.
