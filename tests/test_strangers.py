@@ -258,7 +258,7 @@ def test_a_storage_that_lies_about_its_length_is_refused(tmp_path):
         row({"num_queries": 10**12}, "num_queries", fault="config.json num_queries 10^12"),
         row({"num_classes": 10**12}, "num_classes"),
         row({"hidden_dim": 2**16, "nheads": 1}, "hidden_dim is 65536"),
-        row({"num_queries": 10**5}, "does not belong to the config.json"),
+        row({"num_queries": 10**4}, "does not belong to the config.json"),
         row(
             {"preprocess": {"size": [40000, 40000]}}, "preprocess.size[0] is 40000",
             fault="config.json preprocess.size [40000, 40000]",

@@ -121,7 +121,7 @@ def test_a_flag_is_refused_by_name(flags, complaint, capsys):
 
 
 @pytest.mark.parametrize(("flags", "complaint"), [
-    fault("--data.sizes.crop [5]", ["--data.sizes.crop", "[5]"], "data.sizes.crop is [5]: it must be [], or"),
+    fault("--data.sizes.crop [5]", ["--data.sizes.crop", "[50]"], "data.sizes.crop is [50]: it must be [], or"),
     fault("--data.sizes.crop [0, 0]", ["--data.sizes.crop", "[0, 0]"], "data.sizes.crop[0] is 0: it must be"),
     *[fault("short_sides [], [0]; crop [60, 30]; before_crop []; longest 0; workers -1", *row) for row in (
         (["--data.sizes.short_sides", "[]"], "data.sizes.short_sides is []: it must have at least 1 entries"),
