@@ -81,14 +81,19 @@ def checked_ids(ids: Iterable[int], count: int, what: str) -> list[int]:
 
 # %% ../nbs/20_finetuning.ipynb #fe26e826
 def replace_rows(
-    table: nn.Linear | nn.Embedding, count: int, rows: Mapping[int, int]
+    table: nn.Linear | nn.Embedding,
+    count: int,
+    rows: Mapping[int, int],
+    start: float | None = None,
 ) -> None:
     """Give a linear map or a table another number of rows, in place; rows that are not
-    kept are drawn anew."""
+    kept are drawn anew, with the bias `start` if they have one."""
     weight, goals, sources = table.weight, list(rows), list(rows.values())
     linear = isinstance(table, nn.Linear)
     width = weight.shape[1]
     fresh = nn.Linear(width, count) if linear else nn.Embedding(count, width)
+    if linear and start is not None:
+        nn.init.constant_(fresh.bias, start)
     for name, value in fresh.to(weight).named_parameters():
         old = getattr(table, name)
         value[goals] = old[sources]
@@ -132,7 +137,7 @@ def replace_head(
     for table in {id(table): table for table in model.class_maps()}.values():
         spare = len(table.weight) - before
         others = {num_classes + i: before + i for i in range(spare)}
-        replace_rows(table, num_classes + spare, {**keep, **others})
+        replace_rows(table, num_classes + spare, {**keep, **others}, model.scores.start)
     model.names, model.category_ids = None, None
     return model
 

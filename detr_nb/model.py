@@ -8,6 +8,7 @@ __all__ = ['ObjectQueries', 'SoftmaxScores', 'Head', 'DETR', 'postprocess', 'Sig
            'detr_resnet101', 'detr_resnet101_dc5', 'detr_resnet18', 'detr_tiny', 'TinyModel', 'ResNetModel', 'DETRDemo']
 
 # %% ../nbs/08_model.ipynb #8eff236c
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -121,6 +122,7 @@ class Scores(ABC):
     """What the columns of the class head mean; the last `spare` are no class."""
 
     spare: int
+    start: ClassVar[float | None] = None  # bias of fresh classes, if they have one
 
     def columns(self, num_classes: int) -> int:
         """Number of columns: one for every class, and the spare ones."""
@@ -546,6 +548,9 @@ class SigmoidScores(Scores):
         spare: columns at the end that are never asked.
     """
 
+    # bias of a fresh class map: a yes to one class in a hundred
+    start: ClassVar[float] = -math.log(99)
+
     top: int = 100
     spare: int = 0
 
@@ -854,6 +859,7 @@ class DETRConfig(ModelConfig):
     """
 
     FREE: ClassVar[tuple[str, ...]] = ("dropout", "aux_loss")
+    THRESHOLD: ClassVar[float] = 0.7  # the first `threshold` of a model
 
     backbone: BackboneConfig = ResNetConfig()
     num_queries: QueryCount = 100
@@ -961,7 +967,9 @@ class DETRConfig(ModelConfig):
             self.aux_loss,
             self.architecture(),
         )
-        return DETR(memory, encoder, queries, decoder, *rest)
+        model = DETR(memory, encoder, queries, decoder, *rest)
+        model.threshold = self.THRESHOLD
+        return model
 
 # %% ../nbs/08_model.ipynb #33da97a9
 def detr(

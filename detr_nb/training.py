@@ -211,7 +211,8 @@ class TrainConfig(Config):
         final_weight_ce: the same at the end.
         weight_bbox: weight of L1 in the total.
         weight_giou: weight of GIoU in the total.
-        cost_class: weight of the class in matching.
+        cost_class: weight of the class in matching; that of the model's authors if left
+            out, 1 for DETR.
         cost_bbox: weight of L1 in matching.
         cost_giou: weight of GIoU in matching.
         no_object_weight: weight of the no-object class inside the cross-entropy; the
@@ -259,7 +260,7 @@ class TrainConfig(Config):
     final_weight_ce: PositiveWeight = 0.5
     weight_bbox: Weight = 5
     weight_giou: Weight = 2
-    cost_class: Weight = 1
+    cost_class: Weight | None = None
     cost_bbox: Weight = 5
     cost_giou: Weight = 2
     no_object_weight: Weight = 0.5
@@ -286,7 +287,7 @@ class TrainConfig(Config):
                 "epochs",
                 f"is {self.epochs} and minutes is {self.minutes}: give one of the two",
             )
-        if not self.cost_class + self.cost_bbox + self.cost_giou:
+        if not any((self.cost_class != 0, self.cost_bbox, self.cost_giou)):
             raise ConfigError(
                 "cost_class",
                 "is 0, and so are cost_bbox and cost_giou: give one of them",
@@ -498,7 +499,8 @@ def build_criterion(config: TrainConfig, model: DETR) -> SetCriterion:
     for."""
     costs = ("cost_class", "cost_bbox", "cost_giou")
     weights = ("weight_ce", "weight_bbox", "weight_giou", "no_object_weight")
-    return criterion_for(model, **{x: getattr(config, x) for x in (*costs, *weights)})
+    told = {x: getattr(config, x) for x in (*costs, *weights)}
+    return criterion_for(model, **{x: y for x, y in told.items() if y is not None})
 
 # %% ../nbs/12_training.ipynb #12ca0005
 @contextmanager
