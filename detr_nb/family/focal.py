@@ -19,7 +19,7 @@ from ..config import QueryCount
 from ..losses import SetCriterion, authors_criterion
 from ..matcher import PaddedTargets
 from ..model import DETRConfig, Scores, SigmoidScores
-from ..notation import Number
+from ..notation import Number, Output
 
 # %% ../../nbs/family/31_focal.ipynb #31f00100
 def focal_loss(
