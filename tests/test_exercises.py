@@ -149,12 +149,12 @@ def execute(chosen: Sequence[Statement], space: dict) -> None:
 class Exercise:
     """A cell that calls `check_exercise`, with all that it needs."""
 
-    chapter: str
+    chapter: str  # its path below nbs/, without the ending
     place: int  # of that call among the statements of the chapter
 
     def __post_init__(self) -> None:
         self.path = self.solution = NBS / f"{self.chapter}.ipynb"  # chapter 00 answers on its own page
-        if (apart := NBS / "solutions" / self.path.name).exists():
+        if (apart := NBS / "solutions" / f"{self.chapter}.ipynb").exists():
             self.solution = apart
         self.all, self.call = statements(self.path), statements(self.path)[self.place].tree.value
         self.check, *self.arguments = (argument.id for argument in self.call.args)
@@ -197,7 +197,7 @@ class Exercise:
     @cached_property
     def base(self) -> dict:
         """The chapter's names as they are before the stubs."""
-        name = f"chapter_{self.chapter}"
+        name = f"chapter_{self.path.stem}"
         sys.modules[name] = ModuleType(name)
         space = vars(sys.modules[name])
         space["__builtins__"] = builtins
@@ -207,7 +207,7 @@ class Exercise:
     @cached_property
     def helpers(self) -> dict:
         """What the solution needs beside its definitions."""
-        space = {"__name__": f"chapter_{self.chapter}"}
+        space = {"__name__": f"chapter_{self.path.stem}"}
         execute(self.solution_parts[1], space)
         return {name: space[name] for one in self.solution_parts[1] for name in one.binds if name in space}
 
@@ -253,13 +253,13 @@ class Exercise:
 
 def exercises() -> Iterator[Exercise]:
     """All exercises with a check."""
-    for path in sorted(NBS.glob("*.ipynb")):
+    for path in sorted([*NBS.glob("*.ipynb"), *NBS.glob("family/*.ipynb")]):
         for place, one in enumerate(statements(path)):
             if isinstance(one.tree, ast.Expr) and ast.unparse(one.tree).startswith("check_exercise("):
-                yield Exercise(path.stem, place)
+                yield Exercise(str(path.relative_to(NBS).with_suffix("")), place)
 
 
-EXERCISES = {(one.chapter[:2], one.check): one for one in exercises()}
+EXERCISES = {(one.path.name[:2], one.check): one for one in exercises()}
 
 
 @pytest.fixture(scope="module", autouse=True)
