@@ -174,10 +174,19 @@ def weights_of(saved: Mapping, path: Path) -> Mapping[str, Tensor]:
     return state
 
 # %% ../nbs/88_checkpoints.ipynb #a91271ec
-# Options that change what weights mean. Some are the same for all our models, and files
-# may have others; the rest are fields here, under the name on the right.
+# Options that change what weights mean. Some are the same for all our models, unless a
+# model says otherwise, and files may have others; the rest are fields here, under the
+# name on the right.
 ALWAYS = {"activation_function": "relu", "downsample_in_bottleneck": False}
-OPTIONS = {"nheads": "nheads", "pre_norm": "pre_norm", "dilation": "backbone.dilation"}
+OPTIONS = {
+    "nheads": "nheads",
+    "pre_norm": "pre_norm",
+    "dilation": "backbone.dilation",
+    "num_patterns": "num_patterns",
+    "transformer_activation": "activation_function",
+    "pe_temperatureH": "temperature",  # DAB-DETR's authors
+    "temperature_height": "temperature",  # Hugging Face
+}
 
 
 def described(words: object, path: Path) -> ModelConfig | None:
@@ -233,18 +242,18 @@ def read_torch(path: Path) -> Checkpoint:
     )
 
 # %% ../nbs/88_checkpoints.ipynb #c875908b
+# the kinds of Hugging Face's detectors that are read
+KINDS_READ = ("detr", "table-transformer", "conditional_detr", "dab-detr")
+
+
 def folder_config(folder: Path) -> dict:
     """The config.json of a Hugging Face folder; empty if there is none."""
     file = folder / "config.json"
     config = read_json(file) if file.exists() else {}
-    if config.get("model_type", "detr") not in (
-        "detr",
-        "table-transformer",
-        MODEL_TYPE,
-    ):
+    if config.get("model_type", "detr") not in (*KINDS_READ, MODEL_TYPE):
         raise ValueError(
             f"{file} is of a {config['model_type']!r} model: load_pretrained reads"
-            " those of 'detr'"
+            f" those of {', '.join(map(repr, KINDS_READ))}"
         )
     return config
 
