@@ -188,7 +188,7 @@ def test_wrong_words_are_explained_in_a_line(words, expected, capsys):
 
 
 @pytest.mark.parametrize("content, expected", [
-    fault(b"threshold: \xff\xfe\n", "is options.yaml, whose byte 11 is not UTF-8", name="--config that is not UTF-8"),
+    fault("--config that is not UTF-8", b"threshold: \xff\xfe\n", "is options.yaml, whose byte 11 is not UTF-8"),
     (None, "there is no such file"), (b"- 1\n- 2\n", "options.yaml"), (b"steps: [1\n", "is no YAML"),
     (b"treshold: 1\n", "treshold"), (b"[" * 5000, "options.yaml"), (b"threshold: !!python/object:os.system 1", "YAML"),
 ])
@@ -333,8 +333,8 @@ def foreign_part() -> None:
 
 
 @pytest.mark.parametrize("lies_there", [
-    fault(foreign_picture, name="predict album/2020/a.png --out album, where album/a.png is another photograph"),
-    fault(foreign_rows, name="--out with a detections.json of somebody else"), foreign_link, foreign_part,
+    fault("predict album/2020/a.png --out album, where album/a.png is another photograph", foreign_picture),
+    fault("--out with a detections.json of somebody else", foreign_rows), foreign_link, foreign_part,
 ])
 def test_what_is_not_ours_stays(lies_there, capsys):
     album(2)
@@ -370,7 +370,7 @@ def subfolder_is_a_file() -> None:
 
 
 @pytest.mark.parametrize("lies_there", [
-    fault(results_are_a_folder, name="detections.json is a folder"), result_is_a_folder, out_is_a_file,
+    fault("detections.json is a folder", results_are_a_folder), result_is_a_folder, out_is_a_file,
     subfolder_is_a_link, subfolder_is_a_file,
 ])
 def test_places_are_looked_at_before_the_work(lies_there, capsys, monkeypatch):
@@ -416,8 +416,8 @@ def at_the_third(monkeypatch, action) -> None:
 
 
 @pytest.mark.parametrize("number, code", [
-    fault(signal.SIGINT, 130, name="Ctrl-C among 400 pictures"),
-    fault(signal.SIGTERM, 143, name="SIGTERM among 300 pictures"),
+    fault("Ctrl-C among 400 pictures", signal.SIGINT, 130),
+    fault("SIGTERM among 300 pictures", signal.SIGTERM, 143),
 ])
 def test_a_signal_leaves_the_rows_so_far(number, code, capsys, monkeypatch):
     album(6)
@@ -601,11 +601,11 @@ def test_overwrite_is_said_for_other_files(figures, run, capsys):
 
 
 @pytest.mark.parametrize("text", [
-    fault("class_path: innocent.X", name="eval of a stranger's run folder whose config.yaml says class_path:"
-                                         " innocent.X, module on sys.path"),
-    fault("class_path: run.innocent.X", name="the same, innocent.py lies INSIDE the stranger's folder, `python -c"
-                                             " main(['eval', ...])`"),
-    fault("class_path: this.X", name="class_path: this.X"), "class_path: antigravity.fly", "kind: innocent.X",
+    fault("eval of a stranger's run folder whose config.yaml says class_path:"
+                                         " innocent.X, module on sys.path", "class_path: innocent.X"),
+    fault("the same, innocent.py lies INSIDE the stranger's folder, `python -c"
+                                             " main(['eval', ...])`", "class_path: run.innocent.X"),
+    fault("class_path: this.X", "class_path: this.X"), "class_path: antigravity.fly", "kind: innocent.X",
     "class_path: os.system\n  init_args: {command: touch ran}",
 ])
 def test_a_strangers_folder_imports_nothing(text, run, capsys, monkeypatch):
