@@ -13,13 +13,11 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from time import monotonic
 from typing import Annotated, NamedTuple
-from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.response import addinfourl
 
 import torch
 from jaxtyping import Shaped
@@ -28,6 +26,7 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .data import Preprocess
+from .downloads import blocks, open_from
 from .files import printable, replacing
 from detr_nb.hub import (
     CONFIG,
@@ -446,32 +445,17 @@ def split_stacked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return parts
 
 # %% ../nbs/88_checkpoints.ipynb #88f00006
-SILENCE, LONGEST, LARGEST = 60, 4 * 3600, 2**33  # seconds, seconds, bytes
+LONGEST, LARGEST = 4 * 3600, 2**33  # seconds, bytes
 
 
-class WebOnly(HTTPRedirectHandler):
-    """Follows an address to the web only: to no file, no other service."""
-
-    def redirect_request(self, request: Request, *rest: object) -> Request | None:
-        """What to ask for instead; `rest` begins with the reply and ends with the new
-        address."""
-        if urlsplit(rest[-1]).scheme not in ("http", "https"):
-            rest[0].close()
-            raise URLError(
-                f"it leads to {printable(rest[-1])}, which is no web address"
-            )
-        return super().redirect_request(request, *rest)
-
-
-def blocks(reply: object) -> Iterator[bytes]:
-    """What a server sends, until it ends as it should, or does not."""
-    start, size = monotonic(), 0
+def sent(reply: HTTPResponse | addinfourl) -> Iterator[bytes]:
+    """What a server sends, until it ends as it should; else an error that is none of
+    the disk."""
+    size = 0
     try:
-        while block := reply.read1(2**16):
+        for block in blocks(reply, LARGEST, LONGEST):
             size += len(block)
             yield block
-            if monotonic() > start + LONGEST or size > LARGEST:
-                raise HTTPException(f"it has not ended after {size} bytes")
     except OSError as error:
         raise HTTPException(f"{type(error).__name__}: {error}") from error
     wanted = reply.headers["Content-Length"]
@@ -482,11 +466,9 @@ def blocks(reply: object) -> Iterator[bytes]:
 def receive(address: str, path: Path, digits: str) -> None:
     """Fetch a file to its place; it is only there if its hash begins with the
     digits."""
-    request = Request(address, headers={"User-Agent": "detr_nb"})
-    reply = build_opener(WebOnly).open(request, timeout=SILENCE)
     content = hashlib.sha256()
-    with reply, replacing(path, "wb") as file:
-        for block in blocks(reply):
+    with open_from(address) as reply, replacing(path, "wb") as file:
+        for block in sent(reply):
             content.update(block)
             file.write(block)
         found = content.hexdigest()
@@ -526,8 +508,6 @@ def download(address: str) -> Path:
     try:
         receive(address, path, digits[1])
     except (OSError, HTTPException) as error:
-        if isinstance(error, HTTPError):
-            error.close()  # else it keeps the connection
         reason = " ".join(printable(f"{type(error).__name__}: {error}").split())
         raise RuntimeError(
             f"the network does not give {address} ({reason}): try again, or put the file"

@@ -9,19 +9,13 @@ __all__ = ['Predict']
 import errno
 import json
 import os
-import platform
-import re
 import shlex
 import sys
-import tempfile
-import traceback
 import unicodedata
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 
@@ -48,26 +42,25 @@ from detr_nb.checks import (
     summary,
 )
 from .clinic import DiagnosisCallback
-from detr_nb.config import (
-    BatchSize,
-    Config,
-    OptionsParser,
-    Place,
-    Share,
-    Switch,
-    load_plugins,
-    options_parser,
-    read_options,
-    text_config,
-)
+from .config import BatchSize, Config, Place, Share, Switch, text_config
 from .evaluation import evaluate
-from .files import json_text, printable, replacing
+from .files import json_text, locked, replacing
 from .loading import DataConfig
 from .measuring import default_device
 from .model import DETR, DETRDemo
 from .notation import forward_names
 from .pretrained import predict_image, pretrained_model
 from .runs import Terminated, handle_signals
+from detr_nb.terminal import (
+    OptionsParser,
+    complain,
+    explain,
+    lasting_streams,
+    load_plugins,
+    one_line,
+    options_parser,
+    read_options,
+)
 from .training import TrainConfig, fit
 
 # %% ../nbs/18_cli.ipynb #18c00008
@@ -363,99 +356,6 @@ class Detections(RowFile):
             return self.place
         return self.part
 
-# %% ../nbs/18_cli.ipynb #18c00024
-def one_line(text: object) -> str:
-    """A text without line ends, control characters and broken letters."""
-    return re.sub(r"\s*\n\s*", " ", printable(text).strip())
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the memory of the machine or of its GPU was not enough."""
-    words = ("out of memory", "can't allocate memory", "alloc_cpu", "bad alloc")
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError)
-        and any(word in str(error).lower() for word in words)
-    )
-
-
-def is_from_here(error: BaseException) -> bool:
-    """Whether this library or notebook raised it, and not a library that it uses."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    home = frames[-1].f_globals.get("__name__", "") if frames else ""
-    return home.partition(".")[0] in ("detr_nb", "__main__")
-
-# %% ../nbs/18_cli.ipynb #18f00011
-def worker_reason(text: str) -> str | None:
-    """What this library said in a process that loads data, out of the traceback that
-    arrives here."""
-    *lines, last = text.strip().splitlines()
-    kind, _, reason = last.partition(": ")
-    places = [line for line in lines if line.lstrip().startswith("File ")]
-    known = kind.rpartition(".")[2] in ("DataError", "OSError", "ValueError")
-    return reason if known and places and "detr_nb" in places[-1] else None
-
-
-def reason_of(error: BaseException) -> str | None:
-    """The sentence for a failure that a person can mend; None for a mistake of the
-    program."""
-    if is_out_of_memory(error):
-        return (
-            "the memory is used up: take smaller pictures, fewer at a time (batch_size)"
-            " or a smaller model"
-        )
-    text = str(error)
-    if "Original Traceback" in text:
-        return worker_reason(text)
-    known = isinstance(error, OSError) or (
-        isinstance(error, ValueError | RuntimeError) and is_from_here(error)
-    )
-    return text if known else None
-
-# %% ../nbs/18_cli.ipynb #18f00012
-REPORTS = "https://github.com/detr-nb/detr_nb/issues"
-
-
-def report_text(error: BaseException) -> str:
-    """What a report of a mistake needs: the command, versions, and the traceback."""
-    names = ("detr-nb", "torch", "torchvision")
-    found = [f"{name} {version(name)}" for name in names]
-    return "\n".join(
-        [
-            shlex.join(sys.argv),
-            ", ".join([*found, f"Python {platform.python_version()}"]),
-            platform.platform(),
-            "".join(traceback.format_exception(error)),
-        ]
-    )
-
-
-def write_report(error: BaseException) -> str:
-    """Put a report into the temporary folder, else into this one, and say where."""
-    for folder in (None, "."):
-        with suppress(OSError):
-            number, name = tempfile.mkstemp(".txt", "detr-nb-", folder)
-            with open(number, "w", encoding="utf8", errors="backslashreplace") as file:
-                file.write(report_text(error))
-            return os.path.abspath(name)
-    return "(which could not be written)"
-
-# %% ../nbs/18_cli.ipynb #18f00013
-def explain(error: BaseException) -> str:
-    """One line for any failure; the traceback of a mistake of the program is kept in a
-    file."""
-    if (reason := reason_of(error)) is not None:
-        return one_line(reason) or type(error).__name__
-    first = str(error).strip().partition("\n")[0]
-    return one_line(
-        f"a mistake of the program ({type(error).__name__}: {first}): please report it"
-        f" at {REPORTS} with the file {write_report(error)}"
-    )
-
-
-def complain(line: str) -> None:
-    """Say on the error stream that something is wrong."""
-    tqdm.write(f"detr-nb: {line}", file=sys.stderr)
-
 # %% ../nbs/18_cli.ipynb #a3bef321
 def try_picture(
     model: DETR | DETRDemo, picture: Path, number: int, options: Predict
@@ -551,9 +451,11 @@ def predict(options: Predict) -> int:
     if left_out:
         complain(f"left out: {one_line(count_words(left_out))}")
     model = pretrained_model(options.weights).to(default_device())
-    rows, tally = Detections(options.out), Progress(len(pictures))
-    pairs = list(zip(pictures, results, strict=True))
-    work_through(predict_all(model, pairs, options, rows), rows, tally)
+    pairs, tally = list(zip(pictures, results, strict=True)), Progress(len(pictures))
+    options.out.mkdir(parents=True, exist_ok=True)
+    with locked(options.out / ROWS, "a folder of results"):
+        rows = Detections(options.out)
+        work_through(predict_all(model, pairs, options, rows), rows, tally)
     if tally.full:
         complain(explain(tally.full))
     return tally.code
@@ -736,76 +638,6 @@ def run_command(words: Sequence[str]) -> int:
     if "" in rest and name in ("predict", "eval"):  # it would be the working folder
         raise ValueError("one of the words is empty: is a variable of the shell unset?")
     return function(read_options(kind, command_parser(name), rest))
-
-# %% ../nbs/18_cli.ipynb #18f00028
-class Outlet:
-    """A stream whose failures do not reach the work."""
-
-    def __init__(self, stream: object):  # whatever writes text
-        self.stream, self.failure = stream, None
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.stream, name)
-
-    def attempt(self, action: Callable[..., object], *words: str) -> None:
-        """Do something with the stream; after the first failure nothing is done."""
-        if self.failure is None:
-            try:
-                action(*words)
-            except (OSError, ValueError) as error:
-                self.failure = error
-
-    def write(self, text: str) -> int:
-        """Write what the stream can take of a text, and escapes for the rest."""
-        code = getattr(self.stream, "encoding", None) or "utf8"
-        fitting = text.encode(code, "backslashreplace").decode(code)
-        self.attempt(self.stream.write, fitting)
-        return len(text)
-
-    def flush(self) -> None:
-        """Send what waits."""
-        self.attempt(self.stream.flush)
-
-# %% ../nbs/18_cli.ipynb #18f00029
-def open_streams() -> None:
-    """Give closed streams a place to go, so that no file of ours gets their number."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-        if getattr(sys, name) is None:
-            mode = "w" if number else "r"
-            setattr(sys, name, open(os.devnull, mode, encoding="utf8"))  # noqa: SIM115
-
-
-def silence(outlet: Outlet) -> None:
-    """Lead a stream that failed to nowhere: Python tries it again at its end."""
-    with suppress(OSError, ValueError, AttributeError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, outlet.stream.fileno())
-        os.close(nowhere)
-
-# %% ../nbs/18_cli.ipynb #18f00030
-def warn_in_a_line(message: Warning | str, *_: object, **__: object) -> None:
-    """A warning for people: no file, no line of code."""
-    complain(one_line(message))
-
-
-@contextmanager
-def lasting_streams() -> Iterator[Outlet]:
-    """While the block runs, output cannot fail; warnings take one line."""
-    open_streams()
-    out, err = Outlet(sys.stdout), Outlet(sys.stderr)
-    try:
-        with redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
-            warnings.showwarning = warn_in_a_line
-            yield out
-    finally:
-        for outlet in (out, err):
-            outlet.flush()
-            if outlet.failure:
-                silence(outlet)
 
 # %% ../nbs/18_cli.ipynb #18f00031
 def exit_code(words: Sequence[str]) -> int:

@@ -7,34 +7,21 @@ __all__ = ['Width', 'ConfigError', 'Config', 'ModelConfig', 'config_text']
 
 # %% ../nbs/80_config.ipynb #80c00006
 import re
-import sys
 import warnings
 from abc import ABC, abstractmethod
-from argparse import SUPPRESS, Action, ArgumentParser, Namespace
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
-from difflib import get_close_matches
 from functools import cache, partial, wraps
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
 from inspect import get_annotations, isabstract, signature
 from math import inf
 from numbers import Integral, Real
 from pathlib import Path
 from reprlib import Repr
 from types import UnionType
-from typing import (
-    Annotated,
-    ClassVar,
-    NamedTuple,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, ClassVar, Union, get_args, get_origin, get_type_hints
 
-import docstring_parser
 import yaml
 from pydantic import (
     AllowInfNan,
@@ -49,7 +36,7 @@ from pydantic import Field as Limits
 from pydantic_core import CoreSchema, core_schema
 from torch import nn
 
-from .notation import Number
+from .notation import Number, forward_names
 
 # %% ../nbs/80_config.ipynb #80c0000a
 @dataclass(frozen=True)
@@ -623,7 +610,7 @@ def load_words(text: str) -> object:
     try:
         return from_yaml(yaml.load(text, WordsLoader))  # noqa: S506 - a safe loader
     except yaml.YAMLError as error:
-        raise ConfigError("the text", f"is no YAML: {one_line(error)}") from error
+        raise ConfigError("the text", f"is no YAML: {yaml_complaint(error)}") from error
     except (RecursionError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -632,7 +619,7 @@ def load_words(text: str) -> object:
         ) from error
 
 
-def one_line(error: yaml.YAMLError) -> str:
+def yaml_complaint(error: yaml.YAMLError) -> str:
     """What a YAML reader complains about, and where."""
     mark, problem = (
         getattr(error, "problem_mark", None),
@@ -702,296 +689,5 @@ def config_text(config: Config) -> str:
     }
     return yaml.dump(words, Dumper=WordsDumper, sort_keys=False, allow_unicode=True)
 
-# %% ../nbs/80_config.ipynb #1ba2b0d3
-def load_file(path: Path) -> None:
-    """Import a .py file under its own name, once; another module may not have it."""
-    if (known := sys.modules.get(path.stem)) is not None:
-        place = getattr(known, "__file__", None)
-        if place is None or Path(place).resolve() != path.resolve():
-            raise ImportError(f"{path.stem} is another module already: rename the file")
-        return
-    spec = spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        sys.modules.pop(path.stem, None)
-        raise
-
-
-def load_plugin(name: str) -> None:
-    """Import a module by its name, or a .py file under the name of the file."""
-    path = Path(name).expanduser()
-    try:
-        if path.suffix == ".py":
-            load_file(path)
-        else:
-            import_module(name)
-    except Exception as error:
-        raise ConfigError(
-            "--plugin",
-            f"is {name!r}, which cannot be imported ({type(error).__name__}: {error}):"
-            " give the name of an installed module, or a .py file",
-        ) from error
-
-# %% ../nbs/80_config.ipynb #80c0002f
-def load_plugins(words: Sequence[str]) -> list[str]:
-    """Import what `--plugin` names on a command line, and return the other words."""
-    rest, stream = [], iter(words)
-    for word in stream:
-        flag, equals, name = word.partition("=")
-        if word == "--":
-            return [*rest, word, *stream]
-        if flag == "--plugin":
-            load_plugin(name if equals else next(stream, ""))
-        else:
-            rest.append(word)
-    return rest
-
-# %% ../nbs/80_config.ipynb #dc31b469
-class Flag(NamedTuple):
-    """One flag: its dotted name, the type of its value, and what the help says."""
-
-    name: str
-    hint: object
-    told: str
-
-
-def config_base(hint: object) -> type[Config] | None:
-    """The class of configurations that a type speaks of, if it does."""
-    if isinstance(hint, type) and issubclass(hint, Config):
-        return hint
-    if get_origin(hint) in (Union, UnionType, Annotated):
-        return next(filter(None, map(config_base, get_args(hint))), None)
-    return None
-
-# %% ../nbs/80_config.ipynb #98de5486
-def kinds_below(base: type[Config]) -> list[type[Config]]:
-    """What may stand in a field of a class."""
-    own = [base] if complete(base) else []
-    return [*own, *(kind for kind in known_kinds(base).values() if kind is not base)]
-
-
-def flags_of(
-    kind: type[Config], before: str = "", above: Sequence[type] = ()
-) -> Iterator[Flag]:
-    """Every flag of a class: its fields, and below those that hold a configuration the
-    fields of each kind that may stand there."""
-    hints = get_type_hints(kind, include_extras=True)
-    params = docstring_parser.parse(kind.__doc__ or "").params
-    told = {part.arg_name: " ".join(part.description.split()) for part in params}
-    for part in (part for part in fields(kind) if part.init):
-        name, base = f"{before}{part.name}", config_base(hints[part.name])
-        default = default_of(part)
-        shown = type(default).__name__ if isinstance(default, Config) else default
-        usual = "" if default in (MISSING, None, "", ()) else f" (default: {shown})"
-        inside = kinds_below(base) if base else []
-        kinds = ", ".join(inner.__name__ for inner in inside)
-        one_of = f" One of {kinds}." if len(inside) > 1 else ""
-        yield Flag(name, hints[part.name], told.get(part.name, "") + one_of + usual)
-        for inner in inside:
-            if inner not in above:
-                yield from flags_of(inner, f"{name}.", (*above, kind, inner))
-
-# %% ../nbs/80_config.ipynb #74cad1cf
-class Say(Action):
-    """Keeps what a command line says, word by word, in `said`."""
-
-    def __call__(
-        self, parser: object, space: Namespace, value: object, flag: object = None
-    ) -> None:
-        if flag is not None or value:
-            said = "true" if self.nargs == 0 else value
-            space.said = [*getattr(space, "said", ()), (self.dest, said)]
-
-
-class OptionsParser(ArgumentParser):
-    """Python's own parser, which raises ConfigError instead of leaving the program."""
-
-    def error(self, message: str) -> None:
-        """Say which flag is wrong."""
-        flag, found, reason = message.removeprefix("argument ").partition(": ")
-        raise ConfigError(*((flag, f"is wrong: {reason}") if found else (message, "")))
-
-# %% ../nbs/80_config.ipynb #d41fb704
-def options_parser(
-    kind: type[Config], prog: str | None = None, free: Mapping[str, str] = {}
-) -> OptionsParser:
-    """The fields of a configuration as flags.
-
-    `free` gives the fields that take words without a flag, and how many: "*" or "?".
-    """
-    words = [
-        f"[{name} ...]" if many == "*" else f"[{name}]" for name, many in free.items()
-    ]
-    parser = OptionsParser(
-        prog=prog,
-        usage=" ".join(("%(prog)s [options]", *words)),
-        description=(kind.__doc__ or "").split("Args:")[0],
-        allow_abbrev=False,
-        argument_default=SUPPRESS,
-    )
-    files = "a YAML file with any of these options; later flags win"
-    parser.add_argument("--config", action=Say, metavar="FILE", help=files)
-    plugin = "import a module, or a .py file, that defines classes of your own"
-    parser.add_argument("--plugin", action=Say, metavar="MODULE", help=plugin)
-    found: dict[str, Flag] = {}
-    for flag in flags_of(kind):  # the first of a name tells its help
-        found.setdefault(flag.name, flag)
-    for flag in found.values():
-        told = flag.told.replace("%", "%%")
-        if flag.name in free:
-            parser.add_argument(flag.name, action=Say, nargs=free[flag.name], help=told)
-        else:
-            name, shape = f"--{flag.name}", flag.name.rpartition(".")[2].upper()
-            count = 0 if flag.hint == Switch else None
-            parser.add_argument(name, action=Say, nargs=count, metavar=shape, help=told)
-    return parser
-
-# %% ../nbs/80_config.ipynb #fefa7e3a
-def spoken(hint: object, text: object) -> object:
-    """What the words of a flag mean for a field of a type."""
-    if not isinstance(text, str):
-        return text
-    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    plain = {
-        get_args(part)[0] if get_origin(part) is Annotated else part for part in options
-    }
-    if plain & {str, Path}:
-        return None if text in ("null", "None") and type(None) in plain else text
-    return load_words(text)
-
-
-def kind_below(kind: type[Config], words: Mapping, name: str) -> type[Config] | None:
-    """The class of the configuration in a field, by what was said, or its default."""
-    base = config_base(get_type_hints(kind).get(name))
-    said = words[name].get("kind") if isinstance(words.get(name), Mapping) else None
-    if base and said is not None:
-        try:
-            return find_kind(str(said), base)
-        except ConfigError as error:
-            raise error.inside(name) from None
-    default = next(default_of(part) for part in fields(kind) if part.name == name)
-    return type(default) if isinstance(default, Config) else base
-
-# %% ../nbs/80_config.ipynb #542066ef
-def put(words: dict, kind: type[Config], path: Sequence[str], value: object) -> None:
-    """Write the value of a flag into plain words, in place."""
-    name, *rest = path
-    inside = config_base(get_type_hints(kind).get(name))
-    if inside and isinstance(words.get(name), str):
-        words[name] = {"kind": words[name]}
-    if rest:
-        below = kind_below(kind, words, name)
-        if not isinstance(words.get(name), Mapping):
-            words[name] = {"kind": kind_word(below)} if complete(below) else {}
-        put(words[name], below, rest, value)
-    elif inside and isinstance(value, str):
-        before = words.get(name)
-        same = isinstance(before, Mapping) and before.get("kind") == value
-        words[name] = before if same else {"kind": value}
-    else:
-        words[name] = value
-
-# %% ../nbs/80_config.ipynb #d17a637c
-def file_words(kind: type[Config], file: str) -> dict:
-    """What a YAML file says."""
-    path = Path(file).expanduser()
-    try:
-        if not path.is_file():
-            raise OSError(
-                "it is a folder" if path.is_dir() else "there is no such file"
-            )
-        if path.stat().st_size > 2**20:
-            raise OSError("it is longer than a megabyte")
-        text = path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            "--config",
-            f"is {file}, whose byte {error.start} is not UTF-8: save it as UTF-8 text",
-        ) from error
-    except OSError as error:
-        reason = error.strerror or error
-        raise ConfigError("--config", f"is {file}: {reason}; name a file") from error
-    try:
-        return whole_config(load_words(text), "the file")
-    except ConfigError as error:
-        raise ConfigError(error.field, error.reason, str(file)) from error
-
-# %% ../nbs/80_config.ipynb #3cfa6a90
-def merged(words: Mapping, later: Mapping) -> dict:
-    """Both, the later ones over the earlier ones, also inside a configuration of the
-    same kind."""
-    found = dict(words)
-    for name, value in later.items():
-        before = found.get(name)
-        both = isinstance(before, Mapping) and isinstance(value, Mapping)
-        same = both and before.get("kind") == value.get("kind", before.get("kind"))
-        found[name] = merged(before, value) if same else value
-    return found
-
-
-def choose(kind: type[Config], words: dict, flags: Sequence[str]) -> None:
-    """Drop what a flag takes the place of, in place; refuse two that say the same."""
-    for group in kind.ALTERNATIVES:
-        said = [name for name in group if name in flags]
-        if len(said) > 1:
-            raise ConfigError(
-                f"--{said[1]}", f"is given beside --{said[0]}: give one of the two"
-            )
-        for name in group if said else ():
-            if name not in said:
-                words.pop(name, None)
-
-# %% ../nbs/80_config.ipynb #8d1e895b
-def said_words(kind: type[Config], said: Sequence[tuple[str, object]]) -> dict:
-    """Plain words of what a command line says, in its order."""
-    hints = {flag.name: flag.hint for flag in reversed(list(flags_of(kind)))}
-    words: dict = {}
-    for name, value in said:
-        if name == "config":
-            words = merged(words, file_words(kind, value))
-        elif name != "plugin":
-            try:
-                put(words, kind, name.split("."), spoken(hints[name], value))
-            except ConfigError as error:
-                if error.field != "the text":
-                    raise
-                raise ConfigError(name, error.reason) from error
-    choose(kind, words, [name for name, _ in said])
-    return words
-
-
-def unknown_flag(parser: ArgumentParser, word: str) -> ConfigError:
-    """What is said of a word that no option knows."""
-    known = [flag for action in parser._actions for flag in action.option_strings]
-    near = get_close_matches(word.partition("=")[0], known, 1, 0.7)
-    return ConfigError(
-        word,
-        f"is unknown: did you mean {near[0]}?" if near else "is unknown: see --help",
-    )
-
-# %% ../nbs/80_config.ipynb #77368ff4
-def read_options(
-    kind: type[Config], parser: OptionsParser, words: Sequence[str]
-) -> Config:
-    """The configuration that the words of a command line describe."""
-    space, rest = parser.parse_known_intermixed_args(list(words))
-    if rest:
-        flags = [word for word in rest if word.startswith("-")]
-        raise unknown_flag(parser, (flags or rest)[0])
-    said = getattr(space, "said", [])
-    files = [value for name, value in said if name == "config"]
-    try:
-        return kind.read(said_words(kind, said))
-    except ConfigError as error:
-        own = any(error.field.startswith(name) for name, _ in said if name != "config")
-        if own or not files or error.source or error.field.startswith("--"):
-            raise
-        raise ConfigError(error.field, error.reason, str(files[-1])) from error
-
-
-def parse_config(kind: type[Config], words: Sequence[str]) -> Config:
-    """The configuration that flags, or a file named by `--config`, describe."""
-    words = load_plugins(words)
-    return read_options(kind, options_parser(kind), words)
+# %% ../nbs/80_config.ipynb #80c00041
+__getattr__ = forward_names(__name__)

@@ -115,12 +115,15 @@ def replacing_together(folder: Path, keep: Sequence[str] = ()) -> Iterator[Path]
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".", dir=folder) as half:
             yield Path(half)
-            files = [file for file in Path(half).iterdir() if file.name not in keep]
-            files += [Path(half, x) for x in keep if not os.path.lexists(folder / x)]
-            for file in filter(Path.exists, files):
+            files = [
+                file
+                for file in Path(half).iterdir()
+                if file.name not in keep or not os.path.lexists(folder / file.name)
+            ]
+            for file in files:
                 with file.open("rb+") as written:
                     os.fsync(written.fileno())
-            for file in filter(Path.exists, files):
+            for file in files:
                 take_place(file, folder / file.name)
     except OSError as error:
         raise write_failure(folder, error) from error

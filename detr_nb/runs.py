@@ -305,7 +305,7 @@ def held_folder(
     if reason := foreign_part(folder, kind):
         raise ValueError(f"{folder}: {reason}. Give another folder for this run")
     with locked(folder, "a run's folder"):
-        for rest in folder.glob(".*.part"):  # of a process that was killed
+        for rest in folder.glob(".*.*-*.part"):  # of a process that was killed
             rest.unlink(missing_ok=True)
         yield
 

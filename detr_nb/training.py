@@ -53,7 +53,6 @@ from detr_nb.config import (
     Shrink,
     Text,
     Weight,
-    parse_config,
 )
 from .data import Batch
 from .evaluation import batch_maker, evaluate
@@ -87,6 +86,7 @@ from detr_nb.steps import (
     ready_to_train,
     timed_parts,
 )
+from .terminal import parse_config
 
 # %% ../nbs/12_training.ipynb #52841bc7
 def train_step(

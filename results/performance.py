@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from detr_nb.bench import Bench, bench
+from detr_nb.files import json_text, replacing
 
 FOLDER = Path(__file__).resolve().parent
 STANDARD = Bench(out=FOLDER / "performance.json")
@@ -31,7 +32,8 @@ def main() -> int:
     code = bench(options)
     record = json.loads(options.out.read_text("utf8"))
     command = f"python results/performance.py{' --paper-size' * large}"
-    options.out.write_text(json.dumps(record | {"command": command}, indent=1) + "\n", "utf8")
+    with replacing(options.out) as file:
+        file.write(json_text(record | {"command": command}, indent=1) + "\n")
     return code
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from detr_nb.files import json_text, replacing
 from detr_nb.measuring import describe_machine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,9 +33,8 @@ def write_rows(rows: Iterable[dict], order: list[str], file: Path, what: str) ->
     rows = sorted(rows, key=lambda row: order.index(row["name"]))
     record = {"what": what, "command": f"python results/{file.stem}.py", "date": max(row["date"] for row in rows),
               "machine": describe_machine(), "rows": rows}
-    half = file.with_suffix(".tmp")
-    half.write_text(json.dumps(record, indent=1, default=str) + "\n")
-    half.replace(file)
+    with replacing(file) as place:
+        place.write(json_text(record, indent=1) + "\n")
 
 
 def named_row(name: str, make: Callable[[str], dict]) -> dict:

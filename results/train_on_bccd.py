@@ -9,7 +9,6 @@ names the folder that holds bccd/. A run that was stopped goes on when the comma
 run beside it.
 """
 import argparse
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from detr_nb.config import ModelConfig
 from detr_nb.data import Preprocess, train_transform
 from detr_nb.errors import error_breakdown
 from detr_nb.evaluation import boxes_in_pixels, evaluate, match, match_image, predict
+from detr_nb.files import json_text, replacing
 from detr_nb.finetuning import replace_head
 from detr_nb.formats import VocDataset
 from detr_nb.loading import Augmented, DataConfig, Transformed, in_memory
@@ -194,7 +194,8 @@ def main() -> None:
     flags += f" --seed {args.seed}{' --bf16' if args.bf16 else ''}"
     flags += f" --weights {args.weights}" if args.weights else ""
     row = describe_run(run, what, f"DETR_NB_DATA=... python results/train_on_bccd.py {flags}")
-    (Path("results") / f"{name}.json").write_text(json.dumps({**row, **more}, indent=1, default=str) + "\n")
+    with replacing(Path("results") / f"{name}.json") as file:
+        file.write(json_text(row | more, indent=1) + "\n")
     print(name, run.line(), more)
 
 

@@ -1,11 +1,13 @@
 """Record the experiment "full training on a GPU": draw or read the data, train, evaluate, write one JSON file.
 
-    python results/train_on_gpu.py                                      twelve minutes of one card in all
+    python results/train_on_gpu.py                                      planned for twelve minutes of a card
     DETR_NB_DATA=... python results/train_on_gpu.py --data bccd
 
 The record (curve, images a second, memory, how busy the card was) is written every twenty seconds, and says
 whether the run is finished. A run that was cut at any moment goes on when the command is given again, from a checkpoint
-that is at most twenty seconds of training old. Scenes and checkpoints are kept under .cache/, which git ignores.
+that is at most twenty seconds of training old. It ends by itself, saved, at the first row of the log after `--in_all`
+minutes, and goes on in the same way: eight minutes of training and what comes on top are planned for twelve, which no
+card has confirmed yet. Scenes and checkpoints are kept under .cache/, which git ignores.
 `--anywhere` tries the whole way on a processor, at small size; its record stays under .cache/ too.
 """
 import argparse
@@ -27,7 +29,7 @@ from detr_nb.files import json_text, replacing
 from detr_nb.formats import Sizes, VocData
 from detr_nb.loading import ShapesData
 from detr_nb.model import TinyModel
-from detr_nb.runs import Run, describe_run
+from detr_nb.runs import Run, Terminated, describe_run
 from detr_nb.shapes import HARD
 from detr_nb.training import TrainConfig, fit
 
@@ -89,7 +91,7 @@ def write(run: Run, what: str, command: str, card: dict | None, earlier: float, 
     told = {"finished": run.progress == 1, "card": card, "seconds_in_all": round(earlier + time.time() - begun, 1)}
     row = describe_run(run, what, command) | told
     with replacing(file) as place:
-        place.write(json_text(json.loads(json.dumps(row, default=str)), indent=1) + "\n")
+        place.write(json_text(row, indent=1) + "\n")
 
 
 def main() -> None:
@@ -97,6 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=DATA, default="shapes")
     parser.add_argument("--minutes", type=float, default=8, help="of training; drawing and evaluation come on top")
+    parser.add_argument("--in_all", type=float, default=12, help="minutes after which it stops, saved")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="let torch compile the model")
     parser.add_argument("--anywhere", action="store_true", help="without a graphics card, small, without a record")
@@ -116,11 +119,19 @@ def main() -> None:
     with watched_card() as notes:
         def note(run: Run, least: float = 20) -> None:
             nonlocal written
-            if time.time() - written >= least:
+            if run.progress < 1 and time.time() - begun >= 60 * args.in_all:
+                run.stopping = True  # saved after this step, as if SIGTERM had come
+            if run.stopping or time.time() - written >= least:
                 write(run, what, command, card_use(notes), earlier, begun, file)
                 written = time.time()
 
-        run = fit(config, watch=note)
+        try:
+            run = fit(config, watch=note)
+        except Terminated:
+            if time.time() - begun < 60 * args.in_all:
+                raise
+            print(f"{name}: stopped after {args.in_all:g} minutes, and saved; the same command goes on")
+            return
         note(run, least=0)
     print(f"{name}: {run.line()}; the record is {file}")
 

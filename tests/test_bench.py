@@ -33,7 +33,6 @@ from detr_nb.bench import (
     training_memory_mb,
     waiting_share,
 )
-from detr_nb.config import options_parser, read_options
 from detr_nb.matcher import HungarianMatcher
 from detr_nb.measuring import (
     Row,
@@ -56,6 +55,7 @@ from detr_nb.peers import (
     training_step,
 )
 from detr_nb.steps import activation_checkpointing
+from detr_nb.terminal import options_parser, read_options
 
 SMALL = random_batch(1, (64, 96), objects=3)
 

@@ -26,7 +26,6 @@ from detr_nb.config import (
     complete,
     config_text,
     known_kinds,
-    parse_config,
     text_config,
 )
 from detr_nb.finetuning import resize_queries
@@ -46,6 +45,7 @@ from detr_nb.model import (
     detr_tiny,
 )
 from detr_nb.shapes import EASY, HARD
+from detr_nb.terminal import parse_config
 from detr_nb.training import TrainConfig, read_config
 
 SMALL = {"num_queries": 4, "hidden_dim": 16, "nheads": 2, "enc_layers": 1, "dec_layers": 2, "dim_feedforward": 16}

@@ -81,9 +81,14 @@ def test_a_record_of_a_run_beside_a_card_says_whether_it_is_finished(tmp_path, m
     """The whole way at small size, on a processor; nothing stays in the repository's results."""
     gpu = load("results/train_on_gpu.py")
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    monkeypatch.setattr("sys.argv", ["train_on_gpu.py", "--anywhere", "--minutes", "0.02"])
     monkeypatch.chdir(tmp_path)
-    gpu.main()
-    record = json.loads((tmp_path / ".cache" / "runs" / "gpu_shapes_0.02min_seed0_small.json").read_text("utf8"))
+    records = []
+    for limit in ("0", "12"):  # over after the first row; then goes on
+        monkeypatch.setattr("sys.argv", ["train_on_gpu.py", "--anywhere", "--minutes", "0.02", "--in_all", limit])
+        gpu.main()
+        file = tmp_path / ".cache" / "runs" / "gpu_shapes_0.02min_seed0_small.json"
+        records.append(json.loads(file.read_text("utf8")))
+    cut, record = records
+    assert not cut["finished"] and cut["steps"] == 2 and record["curve"][0] == cut["curve"][0]
     assert record["finished"] and record["card"] is None and record["steps"] > 0
     assert record["seconds_in_all"] > record["seconds"] > 1 and "AP" in record["metrics"] and record["curve"]

@@ -1410,6 +1410,25 @@ def fetched_names(data):
             "the first one": [("self.names.add(", "self.names or self.names.add(")],
         },
     ),
+    ("89", "check_as_flags"): Answers(
+        right="""
+def as_flags(config):
+    flags = {name: value if type(value) is str else json.dumps(value) for name, value in config.flat().items()}
+    return [f"--{name}={text}" for name, text in flags.items()]
+""",
+        wrong={
+            "Python's texts": [("json.dumps(value)", "str(value)")],
+            "texts in quotes": [("value if isinstance(value, str) else json.dumps(value)", "json.dumps(value)")],
+            "defaults left out": [
+                ("        words +=", "        words += [] if Toy().flat().get(name) == value else")
+            ],
+            "None left out": [("        words +=", "        words += [] if value is None else")],
+            "kinds left out": [("        words +=", '        words += [] if name == "trunk" else')],
+            "from the inside out": [("config.flat().items()", "reversed(config.flat().items())")],
+            "the outer names": [("config.flat()", "config.plain()")],
+            "one word for both": [('f"--{name}", value', 'f"--{name} {value}", value')],
+        },
+    ),
     ("94", "check_with_film"): Answers(
         right="""
 def with_film(order, start):

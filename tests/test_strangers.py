@@ -669,7 +669,7 @@ def test_another_content_is_told_and_not_kept(hub, server):
 
 @pytest.mark.fault("--weights from a server that says nothing")
 def test_a_silent_server_is_given_up(hub, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(detr_nb.checkpoints, "SILENCE", 0.3)
+    monkeypatch.setattr(detr_nb.downloads, "SILENCE", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/a-0123abcd.pth"
         said = said_by_predict(address, tmp_path, capsys)
