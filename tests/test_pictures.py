@@ -152,9 +152,18 @@ def test_no_program_is_started_for_a_picture(tmp_path, monkeypatch, capsys):
     assert not ran.exists() and "EPS" not in FORMATS
 
 
-ODD = {
-    "cmyk.jpg": None,
-}
+PLAIN, GREY, RED, BLACK = (104, 105, 89), (103, 103, 103), (200, 30, 30), (0, 0, 0)
+ODD = {  # how each looks: its mean colour
+    "plain.png": PLAIN, "cmyk.jpg": PLAIN, "cmyk.tif": PLAIN, "lab.tif": PLAIN, "ycc.tif": PLAIN, "pages.tif": PLAIN,
+    "moving.gif": PLAIN, "moving.webp": PLAIN, "two.mpo": PLAIN, "palette.png": PLAIN,
+    "palette_transparent.png": PLAIN, "palette_transparent_bytes.png": PLAIN,  # transparency is dropped
+    "grey_alpha.png": GREY, "onebit.png": GREY, "logo_black_on_transparent.png": BLACK,
+    "dot.png": RED, "flat_3000x1.png": RED, "thin_1x3000.png": RED, "pano_20x8000.png": RED,
+}  # fmt: skip
+with Image.open(CASES / "18_odd_pictures" / "plain.png") as opened:
+    PLAIN_PICTURE = np.asarray(opened)
+    assert np.abs(PLAIN_PICTURE[::-1] - PLAIN_PICTURE.astype(float)).mean() > 24
+    assert np.abs(PLAIN_PICTURE[:, ::-1] - PLAIN_PICTURE.astype(float)).mean() > 24
 
 
 @pytest.mark.fault("18_odd_pictures")
@@ -164,7 +173,9 @@ def test_odd_pictures_are_read_and_looked_at(name):
     path = CASES / "18_odd_pictures" / name
     image = read_image(path)
     assert_close(image.float().mean((1, 2)), torch.tensor(ODD[name]).float(), atol=12, rtol=0)
-    assert image.shape[1:] == picture_size(path)
+    assert image.dtype == torch.uint8 and image.shape[1:] == picture_size(path)
+    if ODD[name] is PLAIN:  # and not its mirror image, its negative or its second page
+        assert np.abs(image.permute(1, 2, 0).numpy() - PLAIN_PICTURE.astype(float)).mean() < 12
     frame = Preprocess()(image[:, :400, :400])
     assert min(frame.shape) >= 1
     assert min(fitted_size(picture_size(path), 800, 1333)) >= 1
@@ -339,7 +350,7 @@ def test_what_is_not_one_picture_of_bytes_is_refused(model, change, words, array
 def test_an_array_with_its_colours_first_is_refused(model):
     with pytest.raises(ValueError, match=r"transpose\(1, 2, 0\)"):
         predict_image(model, scene().numpy())
-    grey = scene()[0].numpy()
+    grey = scene()[1].numpy()
     expected = predict_image(model, torch.from_numpy(grey).expand(3, -1, -1))
     assert_close(predict_image(model, grey)["boxes"], expected["boxes"])
     assert len(expected["names"]) == 1
