@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 CASES = Path(__file__).parent / "data" / "cases"
+FED = pytest.StashKey[dict[str, set[str]]]()  # for each file of tests the bad inputs that it feeds
 
 
 def fault(name: str, *values: object) -> object:
