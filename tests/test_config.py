@@ -193,7 +193,7 @@ BAD = {  # dotted field of a run: a value, and words of the complaint
     "scales": ([[0.5, 0]], "[0][1] is 0: it must be a number of at least 0.05 and at most 1"),
     "data.train_images": (True, "is True: it must be a whole number"),
     "data.scenes.size": ("64", "is '64': it must be a whole number of at least 8 and at most 8192"),
-    "model.widths": ([8, 0, 8], "[1] is 0"), "model.num_queries": (10**6, "at most 100000"),
+    "model.widths": ([8, 0, 8], "[1] is 0"), "model.num_queries": (10**6, "at most 10000"),
     "model.enc_layers": (101, "at most 100"), "model.dropout": (float("nan"), "is nan"),
     "model.temperature": (0, "above 0"), "model.hidden_dim": (None, "is None"),
 }

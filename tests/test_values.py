@@ -308,8 +308,10 @@ def test_a_description_costs_nothing_before_it_is_refused():
     *[fault("Preprocess(short_side NaN, 1.5, '800', size 64, longest 1)", *row) for row in (
         (lambda: Preprocess(NAN), "short_side is nan"), (lambda: Preprocess(1.5), "short_side is 1.5"),
         (lambda: Preprocess("800"), "short_side is '800'"),
-        (lambda: Preprocess(size=64), "size is 64: it must be a list"))],
-    (lambda: Preprocess(size=(40000, 40000)), "size[0] is 40000: it must be a whole number of at least 1"),
+        (lambda: Preprocess(size=64), "size is 64: it must be a list"),
+        (lambda: Preprocess(longest=1), "longest is 1: it must be a whole number of at least 2"),
+        (lambda: Preprocess(1), "short_side is 1: it must be"), (lambda: Preprocess(size=(2, 1)), "size[1] is 1: it"))],
+    (lambda: Preprocess(size=(40000, 40000)), "size[0] is 40000: it must be a whole number of at least 2"),
     (lambda: Preprocess(mean=("a", "b", "c")), "mean[0] is 'a': it must be a number"),
     (lambda: Preprocess(size=(1.5, 64)), "size[0] is 1.5"), (lambda: Preprocess(std=(1, 1)), "std is (1, 1)"),
     (lambda: ShapesData(replace(EASY, size=8192), 10**6), "train_images is 1000000: with val_images=500 and"),
@@ -335,9 +337,10 @@ def test_python_is_told_which_value_is_wrong(make, complaint):
     assert str(caught.value).startswith(complaint), str(caught.value)
 
 
-@pytest.mark.fault("Preprocess(short_side NaN, 1.5, '800', size 64, longest 1)")
-def test_a_picture_of_one_pixel_is_small_but_a_picture():
-    assert Preprocess(longest=1)(torch.zeros(3, 48, 64, dtype=torch.uint8)).shape == (3, 1, 1)
+def test_the_smallest_frame_can_be_made_of_every_picture():
+    for shape in ((48, 64), (1, 1), (3, 1), (1, 3000)):
+        for preprocess in (Preprocess(longest=2), Preprocess(2), Preprocess(size=(2, 2))):
+            assert min(preprocess(torch.zeros(3, *shape, dtype=torch.uint8)).shape) >= 1
 
 
 @pytest.mark.fault("all parts frozen")
