@@ -736,6 +736,9 @@ def test_sets_in_memory_without_objects_are_refused():
     with pytest.raises(DataError, match="none in 2 images"):
         check_before(data, ["cup"], "training data")
     assert [problem.kind for problem in check_data(data)] == ["empty"]
+    one = {"labels": torch.tensor([0]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}
+    good = MemoryDataset(data.images, [one] * 2, ["cup"])
+    assert known(good) == [], "their boxes are shares, as they must be"
 
 
 def run_config(train, val=CASES / "00_clean", **model):
