@@ -21,6 +21,7 @@ import small_runs
 import torch
 from small_runs import CONFIG, Deadly, Drawn, series, wait_for
 
+import detr_nb.runs as runs
 import detr_nb.training as training
 from detr_nb.checks import DataError
 from detr_nb.formats import CocoData, CocoDataset, Sizes, write_coco
@@ -503,6 +504,28 @@ def test_a_signal_to_the_whole_group_or_to_a_worker_leaves_the_steps_saved(whom,
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert state_of(run)["step"] > 3
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["while it saves", "while it is rescued"])
+def test_a_worker_that_dies_while_the_run_is_being_saved_loses_nothing(later, tmp_path, monkeypatch):
+    """torch raises wherever the program is when a worker dies; here at the worst moment."""
+    def dead(number: int, frame: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
+
+    save, before = runs.save_atomically, signal.signal(signal.SIGCHLD, dead)
+
+    def save_late(*words: object) -> None:
+        os.kill(os.getpid(), signal.SIGCHLD)
+        save(*words)
+
+    monkeypatch.setattr(runs, "save_atomically", save_late)
+    try:
+        with pytest.raises(RuntimeError, match="DataLoader worker"):
+            fit(replace(SHORT, folder=str(tmp_path), save_every=3600 if later else 0),
+                watch=lambda run: dead(0, None) if later else None)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert state_of(tmp_path)["step"] >= 1
 
 
 # --- what a checkpoint must hold ----------------------------------------------------------------------------------
