@@ -22,7 +22,7 @@ from detr_nb.checks import PICTURES, Problem
 from detr_nb.cli import COMMANDS, Detections, in_one_line, main, signed
 from detr_nb.model import detr_tiny
 from detr_nb.shapes import EASY, Scenes
-from detr_nb.terminal import Outlet, explain
+from detr_nb.terminal import LastingStream, explain
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = shutil.which("detr-nb", path=Path(sys.executable).parent)
@@ -545,12 +545,12 @@ class Narrow:
 def test_a_stream_gets_what_it_can_take():
     for encoding, expected in {"ascii": r"k\xe4fer \u2603", "latin1": r"käfer \u2603", "utf8": "käfer ☃"}.items():
         stream = Narrow(encoding)
-        assert Outlet(stream).write("käfer ☃\n") == 8 and stream.text == expected + "\n"
+        assert LastingStream(stream).write("käfer ☃\n") == 8 and stream.text == expected + "\n"
     stream = Narrow("utf8")
-    Outlet(stream).write("caf\udce9")
+    LastingStream(stream).write("caf\udce9")
     assert stream.text == r"caf\udce9"
     for error in (BrokenPipeError(), ValueError("I/O operation on closed file"), OSError(28, "No space left")):
-        outlet = Outlet(Narrow("utf8", error))
+        outlet = LastingStream(Narrow("utf8", error))
         outlet.write("a"), outlet.write("b"), outlet.flush()
         assert outlet.failure is error
 

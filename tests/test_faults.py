@@ -484,6 +484,39 @@ class Timed(SlowToMeasure):
         return super().evaluate(model, dataset, **options)
 
 
+@dataclass(frozen=True)
+class Many(Drawn):
+    """So many held-out scenes that the model looks at them for a while."""
+
+    def load(self) -> tuple[MemoryDataset, MemoryDataset]:
+        """A few scenes to learn from, and 6000 to be examined with."""
+        few = series(100, 2)
+        targets = [{**few.targets[i % 100], "image_id": i} for i in range(6000)]
+        many = MemoryDataset(few.images.repeat(60, 1, 1, 1), targets, few.names, few.category_ids)
+        return series(self.count, 1), many
+
+    def evaluate(self, model, dataset, **options):
+        """Send the signal half a second later."""
+        threading.Timer(0.5, lambda: (told.append(time.monotonic()), os.kill(os.getpid(), signal.SIGTERM))).start()
+        found = super().evaluate(model, dataset, **options)
+        told.append(None)
+        return found
+
+
+told: list[float | None] = []
+
+
+@pytest.mark.slow
+@pytest.mark.fault("SIGTERM during an evaluation of 4000 images")
+def test_sigterm_ends_a_real_evaluation_of_thousands_of_images_within_seconds(tmp_path):
+    told.clear()
+    with pytest.raises(SystemExit) as left:
+        fit(replace(SHORT, data=Many(), steps=2, folder=str(tmp_path)))
+    assert left.value.code == 143 and None not in told, "the evaluation was over before the signal came"
+    assert time.monotonic() - told[0] < 10  # five seconds on a machine twice as fast
+    assert state_of(tmp_path)["step"] == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("whom", "code"), [("group", 143), ("worker", 7)])
 def test_a_signal_to_the_whole_group_or_to_a_worker_leaves_the_steps_saved(whom, code, coco, tmp_path):
