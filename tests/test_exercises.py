@@ -1529,6 +1529,41 @@ import json
 """,
         },
     ),
+    ("31", "check_share_of_softmax"): Answers(
+        right="""
+def share_of_softmax(score, no_object_weight):
+    odds = no_object_weight * score / (1 - score)
+    return odds / (1 + odds)
+""",
+        wrong={
+            "a score is a share": "def share_of_softmax(score, no_object_weight):\n    return score\n",
+            "the score from the share": """
+def share_of_softmax(score, no_object_weight):
+    return score / (score + no_object_weight * (1 - score))
+""",
+            "the weight alone": "def share_of_softmax(score, no_object_weight):\n    return no_object_weight * score\n",
+            "always a tenth": [("no_object_weight * score", "0.1 * score")],
+            "the share without the object": """
+def share_of_softmax(score, no_object_weight):
+    return (1 - score) / (1 - score + no_object_weight * score)
+""",
+        },
+    ),
+    ("31", "check_real_classes"): Answers(
+        right="""
+def real_classes(logits, names):
+    real = torch.tensor([name != "N/A" for name in names])
+    return logits[..., real], [name for name in names if name != "N/A"]
+""",
+        wrong={
+            "the first eighty": "def real_classes(logits, names):\n    return logits[..., :80], list(names[:80])\n",
+            "without column 0 only": "def real_classes(logits, names):\n    return logits[..., 1:], list(names[1:])\n",
+            "names only": [("logits[..., kept]", "logits[..., : len(kept)]")],
+            "off by one": [("logits[..., kept]", "logits[..., [column - 1 for column in kept]]")],
+            "by the alphabet": [("[names[column] for column in kept]", "sorted(names[column] for column in kept)")],
+            "COCO's whatever the names": [("enumerate(names)", "enumerate(COCO_NAMES)")],
+        },
+    ),
 }
 
 
