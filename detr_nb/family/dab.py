@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BoxQueryPosition', 'ScaledEncoder', 'DABDETR']
 
-# %% ../../nbs/family/34_dab.ipynb #34f00006
+# %% ../../nbs/family/34_dab.ipynb #34f10006
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,7 +13,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..checkpoints import Rules
+from ..checkpoints import Checkpoint, Rules
 from ..config import Layers, Positive
 from detr_nb.family.conditional import (
     ConditionalDETR,
@@ -22,12 +22,19 @@ from detr_nb.family.conditional import (
     xavier_maps,
 )
 from .references import ReferenceQueries, RefiningHead, reference_sine
-from ..model import MLP
+from ..model import MLP, ResNetConfig
 from ..notation import Memory, Number
-from ..pretrained import layouts_of
+from detr_nb.pretrained import (
+    READERS,
+    architecture,
+    convert_names,
+    layouts_of,
+    resnet_name,
+    rows,
+)
 from ..transformer import Decoder, Encoder, QueryPosition
 
-# %% ../../nbs/family/34_dab.ipynb #34f00100
+# %% ../../nbs/family/34_dab.ipynb #34f10015
 class BoxQueryPosition(ScaledQueryPosition):
     """A query stands at its box: all four numbers say where, for the self-attention; for
     the cross-attention, the sines of the centre are made weaker along a wide or tall
@@ -65,7 +72,7 @@ class BoxQueryPosition(ScaledQueryPosition):
         own = self.place(reference_sine(ref, self.d // 2))
         return super().forward(layer, content, own, ref, memory)
 
-# %% ../../nbs/family/34_dab.ipynb #34f00101
+# %% ../../nbs/family/34_dab.ipynb #34f10036
 class ScaledEncoder(Encoder):
     """The layers of another encoder; what a cell holds says, channel by channel, how
     much its position counts in the next layer.
@@ -86,7 +93,7 @@ class ScaledEncoder(Encoder):
             memory = layer(memory._replace(pos=pos * self.scale(memory.x)))
         return memory._replace(x=self.norm(memory.x), pos=pos)
 
-# %% ../../nbs/family/34_dab.ipynb #34f00102
+# %% ../../nbs/family/34_dab.ipynb #34f10042
 @dataclass(frozen=True)
 class DABDETR(ConditionalDETR):
     """DAB-DETR (Liu et al. 2022): a query is a box, and every layer moves it.
@@ -125,7 +132,7 @@ class DABDETR(ConditionalDETR):
         head = RefiningHead(d, columns, 1e-3)
         return Decoder(list(layers), nn.LayerNorm(d), head, BoxQueryPosition(d))
 
-# %% ../../nbs/family/34_dab.ipynb #34f00103
+# %% ../../nbs/family/34_dab.ipynb #34f10056
 # names of the authors, and of Hugging Face where they differ from Conditional DETR's
 BOX_PARTS: Rules = (
     (r"\.encoder\.query_scale\.layers\.0\.", ".encoder.scale.0."),
@@ -154,3 +161,26 @@ def dab_layouts(config: DABDETR) -> Sequence[tuple[str, Rules]]:
     """Those of Conditional DETR, with the names of the new parts before."""
     layouts = conditional_layouts(config)
     return tuple((sign, rules and (*BOX_PARTS, *rules)) for sign, rules in layouts)
+
+# %% ../../nbs/family/34_dab.ipynb #34f10057
+@READERS.append
+def read_dab(checkpoint: Checkpoint) -> DABDETR | None:
+    """The configuration of a DAB-DETR, from its weights and the options beside them."""
+    names = " ".join(checkpoint.state)
+    if "ref_anchor_head" not in names or "label_enc" in names:
+        return None
+    state = convert_names(checkpoint.state, {}, dab_layouts(DABDETR()))
+    sizes, settings = architecture(state), checkpoint.settings
+    dilation = bool(settings.get("backbone.dilation", False))
+    body = ResNetConfig(resnet_name(sizes["backbone"]), dilation, pretrained=False)
+    own = ("hidden_dim", "enc_layers", "dec_layers", "dim_feedforward")
+    return DABDETR(
+        body,
+        rows(state, "queries.references.weight"),
+        **{name: sizes[name] for name in own},
+        nheads=settings.get("nheads", 8),
+        temperature=settings.get("temperature", 20),
+        num_patterns=rows(state, "queries.patterns.weight") or 0,
+        random_refpoints_xy=bool(checkpoint.told.get("random_refpoints_xy", False)),
+        prelu=".activation" in names,
+    )
