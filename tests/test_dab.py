@@ -211,8 +211,8 @@ def test_centres_that_are_fixed_stay(tmp_path):
 # --- what every member must do ----------------------------------------------------------------------------------------
 @cache
 def trained() -> DETR:
-    """The model of a run of two steps."""
-    few = {"steps": 2, "batch_size": 4, "evaluations": 1, "log_every": 1, "scales": (), "progress": False}
+    """The model of a run of four steps."""
+    few = {"steps": 4, "batch_size": 4, "evaluations": 1, "log_every": 1, "scales": (), "progress": False}
     run = fit(TrainConfig(Drawn(), replace(TINY, num_patterns=2), **few))
     torch.manual_seed(run.config.seed)
     fresh = dict(run.config.model.build(run.model.num_classes).named_parameters())
@@ -265,6 +265,7 @@ def test_it_is_drawn_by_insight():
     assert_close(maps.cross.sum(-1), torch.ones(2, 2, 2, 5))
 
 
+@pytest.mark.slow
 def test_it_is_exported_with_free_batch_and_size(tmp_path):
     model = lively(TINY)
     program = export_program(model).module()
