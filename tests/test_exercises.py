@@ -1562,6 +1562,38 @@ def real_classes(logits, names):
             "off by one": [("logits[..., kept]", "logits[..., [column - 1 for column in kept]]")],
             "by the alphabet": [("[names[column] for column in kept]", "sorted(names[column] for column in kept)")],
             "COCO's whatever the names": [("enumerate(names)", "enumerate(COCO_NAMES)")],
+    ("34", "check_box_scores"): Answers(
+        right="""
+def box_scores(ref, wanted, columns, rows):
+    found = []
+    for (x, y, w, h), (wide, tall) in zip(ref, wanted):
+        along_x = columns @ sine_embedding(2 * math.pi * x, 128, 20) * wide / w
+        along_y = rows @ sine_embedding(2 * math.pi * y, 128, 20) * tall / h
+        found.append((along_y[:, None] + along_x) / 16)
+    return torch.stack(found)
+""",
+        wrong={
+            "width and height change places": [(" = (wanted / ref[:, 2:])", " = (wanted / ref[:, 2:]).flip(1)")],
+            "the ratio is upside down": [("wanted / ref[:, 2:]", "ref[:, 2:] / wanted")],
+            "only the box's sides count": [("wanted / ref[:, 2:]", "1 / ref[:, 2:]")],
+            "the scale of one axis": [("256**0.5", "128**0.5")],
+            "columns first": [("(along_y[:, :, None] + along_x[:, None])", "(along_x[:, :, None] + along_y[:, None])")],
+        },
+    ),
+    ("34", "check_box_path"): Answers(
+        right="""
+def box_path(start, steps):
+    path = [start]
+    for step in steps:
+        logit = (path[-1].clamp(min=1e-3) / (1 - path[-1]).clamp(min=1e-3)).log()
+        path.append(1 / (1 + (-logit - step).exp()))
+    return torch.stack(path)
+""",
+        wrong={
+            "steps are added to shares": [("(inverse_sigmoid(path[-1], 1e-3) + step).sigmoid()", "path[-1] + step")],
+            "every layer counts from the start": [("inverse_sigmoid(path[-1], 1e-3)", "inverse_sigmoid(start, 1e-3)")],
+            "another floor": [("path[-1], 1e-3", "path[-1], 1e-5")],
+            "the start is left out": [("torch.stack(path)", "torch.stack(path[1:])")],
         },
     ),
 }
