@@ -25,7 +25,6 @@ from ..notation import Memory, Number
 from ..positions import sine_embedding
 from ..pretrained import LAYOUTS, READERS, layouts_of, resnet_blocks, resnet_name
 from detr_nb.transformer import (
-    CellAttention,
     Decoder,
     DecoderLayer,
     DenseCrossAttention,
@@ -84,7 +83,7 @@ class AnchorPositions(nn.Module):
     def forward(self, pad: Bool[Tensor, "b y x"]) -> Float[Tensor, "b y x _"]:
         """Vectors of cells, numbered along the first row and the first column."""
         centres = cell_centres(pad).to(self.plane[0].weight)
-        return self.cross(centres[:, :1, :, 0], centres[:, :, :1, 1])
+        return self.cross(centres[:, None, 0, :, 0], centres[:, :, 0, None, 1])
 
 # %% ../../nbs/family/33_anchor.ipynb #33a00009
 class AnchorPosition(nn.Module):
