@@ -180,9 +180,6 @@ def test_a_training_step_at_a_large_grid_keeps_less_than_dense_attention(rows, c
 
 
 # --- everything that DETR passes through ------------------------------------------------------------------------------
-NEVER = r"(q|k)\.bias$"  # shifts all scores of a query alike, or stands behind weights that do not differ yet
-
-
 def without_gradient(model: DETR, targets: list[Target]) -> set[str]:
     criterion = criterion_for(model)
     total = criterion.total(criterion(model.train()(pictures()), targets))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RowColumnAttention', 'AnchorDETR']
 
-# %% ../../nbs/family/33_anchor.ipynb #33a00005
+# %% ../../nbs/family/33_anchor.ipynb #33a00008
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from detr_nb.transformer import (
     QueryPosition,
 )
 
-# %% ../../nbs/family/33_anchor.ipynb #33a00006
+# %% ../../nbs/family/33_anchor.ipynb #33a0000a
 class AnchorQueries(ReferenceQueries):
     """Points of the picture, each asked once with every pattern; the arguments are those
     of `ReferenceQueries`."""
@@ -44,7 +44,7 @@ class AnchorQueries(ReferenceQueries):
         """The table holds shares of the picture as they are."""
         return self.references.weight
 
-# %% ../../nbs/family/33_anchor.ipynb #33a00007
+# %% ../../nbs/family/33_anchor.ipynb #33a0000e
 class GridQueries(AnchorQueries):
     """Points that stay on a square grid; the number nearest to the one asked for."""
 
@@ -59,7 +59,7 @@ class GridQueries(AnchorQueries):
         """Another grid; no point of the old one is kept."""
         self.references = type(self)(count, self.d, 2).to(self.places()).references
 
-# %% ../../nbs/family/33_anchor.ipynb #33a00008
+# %% ../../nbs/family/33_anchor.ipynb #33a00011
 class AnchorPositions(nn.Module):
     """Vectors of points: one for both numbers, and, with lines, one for each."""
 
@@ -85,7 +85,7 @@ class AnchorPositions(nn.Module):
         centres = cell_centres(pad).to(self.plane[0].weight)
         return self.cross(centres[:, None, 0, :, 0], centres[:, :, 0, None, 1])
 
-# %% ../../nbs/family/33_anchor.ipynb #33a00009
+# %% ../../nbs/family/33_anchor.ipynb #33a00015
 class AnchorPosition(nn.Module):
     """A query stands at its point, which `positions` describes as it does cells."""
 
@@ -105,7 +105,7 @@ class AnchorPosition(nn.Module):
         xy = ref.unbind(-1)
         return QueryPosition(self.positions.own(*xy), self.positions.cross(*xy))
 
-# %% ../../nbs/family/33_anchor.ipynb #33a0000a
+# %% ../../nbs/family/33_anchor.ipynb #33a0001c
 def row_column_attend(
     across: Float[Tensor, "b h q x"],
     down: Float[Tensor, "b h q y"],
@@ -117,7 +117,7 @@ def row_column_attend(
     lines = torch.einsum("bhqx,bhyxk->bhqyk", across, v)
     return torch.einsum("bhqy,bhqyk->bhqk", down, lines)
 
-# %% ../../nbs/family/33_anchor.ipynb #33a0000b
+# %% ../../nbs/family/33_anchor.ipynb #33a0001f
 class RowColumnAttention(MultiHeadAttention):
     """Cross-attention whose weight for a cell is that of its column times that of its
     row ("row-column decoupled attention").
@@ -180,7 +180,7 @@ class RowColumnAttention(MultiHeadAttention):
         across, down = self.shares(content, where, memory)
         return torch.einsum("bhqx,bhqy->bhqyx", across, down).flatten(-2)
 
-# %% ../../nbs/family/33_anchor.ipynb #33a0000c
+# %% ../../nbs/family/33_anchor.ipynb #33a00025
 def as_queries(
     x: Float[Tensor, "b s d"], memory: Memory
 ) -> tuple[Float[Tensor, "b s d"], QueryPosition, None, Memory]:
@@ -203,7 +203,7 @@ class RowColumnCells(RowColumnAttention):
         """The weights of the same look."""
         return super().look(*as_queries(x, memory))
 
-# %% ../../nbs/family/33_anchor.ipynb #33a0000d
+# %% ../../nbs/family/33_anchor.ipynb #33a00036
 @dataclass(frozen=True)
 class AnchorDETR(FocalDETR):
     """Anchor DETR (Wang et al. 2022): queries are points, asked with several patterns,
@@ -264,7 +264,7 @@ class AnchorDETR(FocalDETR):
             AnchorPosition(memory.positions),
         )
 
-# %% ../../nbs/family/33_anchor.ipynb #33a0000e
+# %% ../../nbs/family/33_anchor.ipynb #33a0003d
 STACK = r".in_proj_\2 q down.q k down.k v"  # how the authors stack the five maps
 ROW_COLUMN: Rules = (
     (r"^(.*encoder_layers.*\.)self_attn\.in_proj_(\w+)$", r"\1self_attn" + STACK),
@@ -301,14 +301,14 @@ AUTHORS: Rules = (
     (r"^(decoder.*)\.norm2\.", r"\1.attention_step.norm."),
 )
 
-# %% ../../nbs/family/33_anchor.ipynb #33a0000f
+# %% ../../nbs/family/33_anchor.ipynb #33a0003e
 @layouts_of.register
 def anchor_layouts(config: AnchorDETR) -> Sequence[tuple[str, Rules]]:
     """Ours, and the authors', who stack other maps for either kind of attention."""
     rules = ROW_COLUMN if config.row_column else DENSE
     return LAYOUTS[0], (r"^transformer\.", (*rules, *AUTHORS))
 
-# %% ../../nbs/family/33_anchor.ipynb #33a00010
+# %% ../../nbs/family/33_anchor.ipynb #33a00040
 def read_anchor(checkpoint: Checkpoint) -> AnchorDETR | None:
     """What an authors' checkpoint holds, by its options; None if it is another's."""
     told, kinds = checkpoint.told, ("RCDA", "nn.MultiheadAttention")
