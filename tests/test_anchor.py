@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from detr_nb.attention import MultiHeadAttention
 from detr_nb.config import ModelConfig
-from detr_nb.export import export_onnx, export_program
+from detr_nb.export import export_onnx
 from detr_nb.family.anchor import AnchorDETR, RowColumnAttention, RowColumnCells
 from detr_nb.family.focal import FocalDETR
 from detr_nb.finetuning import replace_head, resize_queries
@@ -255,8 +255,8 @@ def test_padded_cells_reach_the_means_as_in_the_authors_code(row_column, moves):
 
 @pytest.mark.slow
 def test_it_is_exported_with_free_batch_and_size(tmp_path):
+    """The graph of ONNX is made of that of `export_program`."""
     model = build(TINY_ANCHOR).eval()
-    program = export_program(model).module()
     session = onnxruntime.InferenceSession(export_onnx(model, tmp_path / "model.onnx"))
     for count, height, width in ((1, 64, 64), (3, 160, 96)):
         images = pictures(count, height, width)
@@ -265,8 +265,7 @@ def test_it_is_exported_with_free_batch_and_size(tmp_path):
         with torch.no_grad():
             out = model(images, pad)
         found = session.run(None, {"images": images.numpy(), "pad": pad.numpy()})
-        for ours, graph, other in zip((out.logits[-1], out.boxes[-1]), program(images, pad), found, strict=True):
-            assert_close(graph, ours, rtol=1e-4, atol=1e-4)
+        for ours, other in zip((out.logits[-1], out.boxes[-1]), found, strict=True):
             assert_close(torch.from_numpy(other), ours, rtol=1e-3, atol=1e-3)
 
 

@@ -144,13 +144,14 @@ class RowColumnAttention(MultiHeadAttention):
         self, content: Float[Tensor, "b q d"], where: QueryPosition, memory: Memory
     ) -> tuple[Float[Tensor, "b h q x"], Float[Tensor, "b h q y"]]:
         """The weights of the columns of the grid, and those of its rows."""
+        grid, keys = memory.shapes[0], memory.x.repeat(1, 1, 2) + memory.pos
         q, q_down = (content.repeat(1, 1, 2) + where.cross).chunk(2, -1)
-        keys = memory.x.repeat(1, 1, 2) + memory.pos
-        k, k_down = keys.unflatten(1, memory.shapes[0]).chunk(2, -1)
-        pad = memory.pad.unflatten(1, memory.shapes[0])
+        k, k_down = keys.unflatten(1, grid).chunk(2, -1)
         return (
-            self.weights(q, k.mean(1), pad[:, 0]),
-            self.down.weights(q_down, k_down.mean(2), pad[:, :, 0]),
+            self.weights(q, k.mean(1), memory.pad.unflatten(1, grid)[:, 0]),
+            self.down.weights(
+                q_down, k_down.mean(2), memory.pad.unflatten(1, grid)[:, :, 0]
+            ),
         )
 
     def forward(
@@ -203,7 +204,7 @@ class RowColumnCells(RowColumnAttention):
         """The weights of the same look."""
         return super().look(*as_queries(x, memory))
 
-# %% ../../nbs/family/33_anchor.ipynb #33a00036
+# %% ../../nbs/family/33_anchor.ipynb #33a00038
 @dataclass(frozen=True)
 class AnchorDETR(FocalDETR):
     """Anchor DETR (Wang et al. 2022): queries are points, asked with several patterns,
@@ -264,7 +265,7 @@ class AnchorDETR(FocalDETR):
             AnchorPosition(memory.positions),
         )
 
-# %% ../../nbs/family/33_anchor.ipynb #33a0003d
+# %% ../../nbs/family/33_anchor.ipynb #33a0003f
 STACK = r".in_proj_\2 q down.q k down.k v"  # how the authors stack the five maps
 ROW_COLUMN: Rules = (
     (r"^(.*encoder_layers.*\.)self_attn\.in_proj_(\w+)$", r"\1self_attn" + STACK),
@@ -301,14 +302,14 @@ AUTHORS: Rules = (
     (r"^(decoder.*)\.norm2\.", r"\1.attention_step.norm."),
 )
 
-# %% ../../nbs/family/33_anchor.ipynb #33a0003e
+# %% ../../nbs/family/33_anchor.ipynb #33a00040
 @layouts_of.register
 def anchor_layouts(config: AnchorDETR) -> Sequence[tuple[str, Rules]]:
     """Ours, and the authors', who stack other maps for either kind of attention."""
     rules = ROW_COLUMN if config.row_column else DENSE
     return LAYOUTS[0], (r"^transformer\.", (*rules, *AUTHORS))
 
-# %% ../../nbs/family/33_anchor.ipynb #33a00040
+# %% ../../nbs/family/33_anchor.ipynb #33a00042
 def read_anchor(checkpoint: Checkpoint) -> AnchorDETR | None:
     """What an authors' checkpoint holds, by its options; None if it is another's."""
     told, kinds = checkpoint.told, ("RCDA", "nn.MultiheadAttention")
