@@ -68,12 +68,16 @@ class AnchorPositions(nn.Module):
         self.d, self.plane = d, MLP(d, d, d)
         self.line = MLP(d, d, d) if lines else None
 
-    def own(self, x: Float[Tensor, "*n"], y: Float[Tensor, "*m"]) -> Tensor:
+    def own(
+        self, x: Float[Tensor, "*n"], y: Float[Tensor, "*m"]
+    ) -> Float[Tensor, "... {self.d}"]:
         """Vectors for both numbers, d wide."""
         parts = (sine_embedding(2 * math.pi * n, self.d // 2) for n in (y, x))
         return self.plane(torch.cat(torch.broadcast_tensors(*parts), -1))
 
-    def cross(self, x: Float[Tensor, "*n"], y: Float[Tensor, "*m"]) -> Tensor:
+    def cross(
+        self, x: Float[Tensor, "*n"], y: Float[Tensor, "*m"]
+    ) -> Float[Tensor, "... _"]:
         """What is compared with cells: x and y side by side, or both in one."""
         if self.line is None:
             return self.own(x, y)
