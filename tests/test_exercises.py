@@ -1594,6 +1594,47 @@ def box_path(start, steps):
             "every layer counts from the start": [("inverse_sigmoid(path[-1], 1e-3)", "inverse_sigmoid(start, 1e-3)")],
             "another floor": [("path[-1], 1e-3", "path[-1], 1e-5")],
             "the start is left out": [("torch.stack(path)", "torch.stack(path[1:])")],
+    ("33", "check_fused_row_column"): Answers(
+        right="""
+def fused_row_column(q, q_down, k, k_down, v):
+    across = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5)[..., None, :]
+    down = (q_down @ k_down.transpose(-1, -2) / q.shape[-1] ** 0.5)[..., :, None]
+    return (across + down).flatten(-2).softmax(-1) @ v.flatten(2, 3)
+""",
+        wrong={
+            "the root of the wider width": [("2**0.5 * ", "")],
+            "twice as sharp": [("2**0.5", "2")],
+            "rows and columns exchanged": [("torch.cat((q, q_down), -1)", "torch.cat((q_down, q), -1)")],
+            "columns only": """
+def fused_row_column(q, q_down, k, k_down, v):
+    return attention_weights(q, k) @ v.mean(2)
+""",
+            "a sum of weights": """
+def fused_row_column(q, q_down, k, k_down, v):
+    across, down = attention_weights(q, k)[..., None, :], attention_weights(q_down, k_down)[..., :, None]
+    return ((across + down) / 2).flatten(-2) @ v.flatten(2, 3)
+""",
+        },
+    ),
+    ("33", "check_picture_means"): Answers(
+        right="""
+def picture_means(keys, pad):
+    found = []
+    for axis in (1, 2):
+        total = keys.masked_fill(pad[..., None], 0).sum(axis)
+        count = (~pad).sum(axis)[..., None]
+        found.append(torch.where(count > 0, total / count, torch.zeros_like(total)))
+    return tuple(found)
+""",
+        wrong={
+            "padded cells count": """
+def picture_means(keys, pad):
+    return keys.mean(1), keys.mean(2)
+""",
+            "divided by all": [("picture.sum(axis).clamp(min=1)", "picture.shape[axis]")],
+            "no guard": [(".clamp(min=1)", "")],
+            "the padding instead": [("(~pad)", "pad")],
+            "rows first": [("(1, 2)", "(2, 1)")],
         },
     ),
 }
