@@ -14,12 +14,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..checkpoints import Checkpoint, Rules
 from ..config import Positive, Within
+from .conditional import xavier_maps
 from .focal import FocalDETR
 from .references import ReferenceHead
 from ..model import MLP, ObjectQueries, Scores, SigmoidScores
 from ..notation import Memory, Number, Queries, Target
-from ..pretrained import LAYOUTS, OFFICIAL, Rules, layouts_of
+from detr_nb.pretrained import (
+    LAYOUTS,
+    OFFICIAL,
+    READERS,
+    convert_names,
+    inferred_config,
+    layouts_of,
+)
 from ..transformer import Decoder, DecoderLayer, QueryPosition
 
 # %% ../../nbs/family/35_smca.ipynb #35000017
@@ -43,14 +52,12 @@ def gaussian_bias(
 
     Source: SMCA, section 3.2; types 1 to 4 of its published code.
     """
-    y, x = (
-        (torch.arange(cells, device=centres.device) - centres[..., [axis]]).square()
-        for axis, cells in ((1, shape[0]), (0, shape[1]))
-    )  # b h q y, b h q x
-    x, y = x[..., None, :], y[..., None]
-    weights = scales.square() / -smooth
-    size = max(2, scales.shape[-1])
-    wide, high, *both = weights.expand(-1, -1, -1, size)[..., None, None].unbind(3)
+    rows, columns = (torch.arange(cells, device=centres.device) for cells in shape)
+    x = (columns - centres[..., :1]).square()[..., None, :]  # b h q 1 x
+    y = (rows - centres[..., 1:]).square()[..., None]  # b h q y 1
+    weights = (scales.square() / -smooth)[..., None, None]
+    weights = weights.expand(-1, -1, -1, max(2, scales.shape[-1]), -1, -1)
+    wide, high, *both = weights.unbind(3)  # b h q 1 1
     bias = wide * x + high * y  # b h q y x
     for weight in both:
         bias = bias + weight * x * y
@@ -62,9 +69,7 @@ class PointQueries(ObjectQueries):
 
     def __init__(self, count: int, d: int):
         super().__init__(count, d)
-        self.norm, self.point = nn.LayerNorm(d), MLP(d, d, d, 2)
-        for place in (0, 2, 4):
-            nn.init.xavier_uniform_(self.point[place].weight)
+        self.norm, self.point = nn.LayerNorm(d), xavier_maps(MLP(d, d, d, 2))
 
     def forward(
         self, memory: Memory, targets: Sequence[Target] | None = None
@@ -91,11 +96,10 @@ class GaussianPosition(nn.Module):
         self.heads, self.smooth = heads, smooth
         rest = (nn.LayerNorm(d) for _ in range(layers - 1))
         self.norms = nn.ModuleList([first, *rest])
-        self.offsets = nn.ModuleList(nn.Linear(d, 2 * heads) for _ in range(layers))
+        offsets = (nn.Linear(d, 2 * heads) for _ in range(layers))
+        self.offsets = xavier_maps(nn.ModuleList(offsets))
         count = layers if scales else 0
         self.scales = nn.ModuleList(nn.Linear(d, scales * heads) for _ in range(count))
-        for offset in self.offsets:
-            nn.init.xavier_uniform_(offset.weight)
         for scale in self.scales:
             nn.init.zeros_(scale.weight)
             nn.init.ones_(scale.bias)
@@ -153,7 +157,7 @@ class SMCADETR(FocalDETR):
         """As many answers as queries; the last column is no class."""
         return SigmoidScores(self.num_queries, spare=1)
 
-# %% ../../nbs/family/35_smca.ipynb #3500003c
+# %% ../../nbs/family/35_smca.ipynb #3500003b
 SMCA: Rules = (
     *(
         (
@@ -176,9 +180,23 @@ SMCA: Rules = (
     *OFFICIAL,
 )
 
-# %% ../../nbs/family/35_smca.ipynb #3500003d
+# %% ../../nbs/family/35_smca.ipynb #3500003c
 @layouts_of.register
 def smca_layouts(config: SMCADETR) -> tuple[tuple[str, Rules], ...]:
     """Ours and the authors'; nobody else has SMCA."""
     ours, official, *_ = LAYOUTS
     return ours, (official[0], SMCA)
+
+# %% ../../nbs/family/35_smca.ipynb #3500003e
+def read_smca(checkpoint: Checkpoint) -> SMCADETR | None:
+    """What an authors' checkpoint holds, by its weights; None if it is another's."""
+    if not any(".0.point1.layers." in name for name in checkpoint.state):
+        return None
+    state = convert_names(checkpoint.state, {}, ((r"", SMCA),))
+    base = inferred_config(state, checkpoint.settings)
+    scales = len(state.get("decoder.query_position.scales.0.bias", ())) // base.nheads
+    smooth = checkpoint.told.get("smooth", SMCADETR.smooth)
+    return SMCADETR(**vars(base), dynamic_scale=scales, smooth=smooth)
+
+
+READERS.append(read_smca)
