@@ -8,9 +8,8 @@ import onnxruntime
 import pytest
 import torch
 from family import Member
-from small_runs import series
 from test_seams import TINY, Pairs, pictures, truth
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
 
 from detr_nb.config import ConfigError
