@@ -1635,6 +1635,58 @@ def picture_means(keys, pad):
             "no guard": [(".clamp(min=1)", "")],
             "the padding instead": [("(~pad)", "pad")],
             "rows first": [("(1, 2)", "(2, 1)")],
+    ("35", "check_deviation"): Answers(
+        right="""
+def deviation(scale, smooth):
+    return (smooth / (2 * scale**2)) ** 0.5
+""",
+        wrong={
+            "the sign of the scale": [("abs(scale)", "scale")],
+            "no half": [("smooth / 2", "smooth")],
+            "always 8": [("math.sqrt(smooth / 2)", "2")],
+            "no root": [("math.sqrt(smooth / 2)", "smooth / 4")],
+            "a larger scale, a wider bell": [("/ abs(scale)", "* abs(scale)")],
+            "the variance": [("math.sqrt(smooth / 2) / abs(scale)", "smooth / 2 / scale**2")],
+        },
+    ),
+    ("35", "check_misplaced"): Answers(
+        right="""
+def misplaced(share, picture, frame, stride):
+    sizes = torch.tensor([frame[::-1], picture[::-1]]) / stride
+    return share * sizes[0] - share * sizes[1]
+""",
+        wrong={
+            "x and y exchanged": [("[width, height]", "[height, width]")],
+            "in pixels": [(" / stride", "")],
+            "always 32": [("/ stride", "/ 32")],
+            "whole cells": [
+                ("height, width = frame[0] - picture[0], frame[1] - picture[1]",
+                 "height, width = ((f // stride - p // stride) * stride for f, p in zip(frame, picture))"),
+            ],
+            "the other way": [("return share", "return -share")],
+            "the whole padding": [("share * torch", "torch.ones_like(share) * torch")],
+        },
+    ),
+    ("35", "check_tilted_bias"): Answers(
+        right="""
+def tilted_bias(centre, scales, tilt, shape):
+    found = torch.zeros(shape)
+    for row in range(shape[0]):
+        for column in range(shape[1]):
+            u, v = scales[0] * (column - centre[0]), scales[1] * (row - centre[1])
+            found[row, column] = -(u**2 - 2 * tilt * u * v + v**2) / 8
+    return found
+""",
+        wrong={
+            "tilted the other way": [("- 2 * tilt", "+ 2 * tilt")],
+            "no 2": [("2 * tilt", "tilt")],
+            "the star of type4": [("2 * tilt * u * v", "2 * tilt * u.square() * v.square()")],
+            "no tilt": [(" - 2 * tilt * u * v", "")],
+            "distances without scales in the product": [
+                ("tilt * u * v", "tilt * u * v / (scales[0] * scales[1])"),
+            ],
+            "scales exchanged": [("u = scales[0]", "u = scales[1]"), ("v = scales[1]", "v = scales[0]")],
+            "not divided": [(") / 8", ")")],
         },
     ),
 }
