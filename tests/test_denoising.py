@@ -172,7 +172,8 @@ def test_gradients_of_a_training_step_are_the_authors(authors, trained):
         stem, stacked, kind = rename(name, rules[1]).rpartition("in_proj_")
         parts = [f"{stem}{part}.{kind}" for part in "qkv"] if stacked else [kind]
         found = torch.tensor([ours.get(part, 0.0) for part in parts]).double().norm()
-        assert_close(found, norm, rtol=1e-2, atol=1e-4, check_dtype=False, msg=lambda text, name=name: f"{name}: {text}")
+        told = {"check_dtype": False, "msg": lambda text, name=name: f"{name}: {text}"}
+        assert_close(found, norm, rtol=1e-2, atol=1e-4, **told)
 
 
 def test_its_full_size_is_the_authors():
