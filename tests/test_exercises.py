@@ -1067,7 +1067,8 @@ def contrastive_boxes(boxes, sign, u, copy, scale):
             "the copies exchanged": [("copy[:, None]", "1 - copy[:, None]")],
             "no clamp": [(".clamp(0, 1)", "")],
             "centre and size moved": [
-                ("cxcywh_to_xyxy(boxes) + ", "boxes + "), ("xyxy_to_cxcywh(corners.clamp(0, 1))", "corners.clamp(0, 1)"),
+                ("cxcywh_to_xyxy(boxes) + ", "boxes + "),
+                ("xyxy_to_cxcywh(corners.clamp(0, 1))", "corners.clamp(0, 1)"),
             ],
             "the sides exchanged": [("boxes[:, 2:] / 2", "boxes[:, [3, 2]] / 2")],
             "no sign": [("sign * (u", "(u")],
