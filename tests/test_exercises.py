@@ -1038,6 +1038,99 @@ class Mirrored(Damaged):
             "the order of the boxes": [("torch.cat((1 - x, rest), 1)", 'target["boxes"].flip(0)')],
         },
     ),
+    ("39", "check_count_slots"): Answers(
+        right="""
+def count_slots(counts, groups):
+    size = max(counts) or 1
+    return size * groups, sum(count * groups for count in counts)
+""",
+        wrong={
+            "objects of all images": [("max([1, *counts])", "sum(counts)")],
+            "no slot without objects": [("max([1, *counts])", "max(counts)")],
+            "one group": [("groups * max([1, *counts])", "max([1, *counts])")],
+            "all slots filled": [("groups * sum(counts)", "groups * max(counts) * len(counts)")],
+            "filled once": [(", groups * sum(counts)", ", sum(counts)")],
+        },
+    ),
+    ("39", "check_contrastive_boxes"): Answers(
+        right="""
+def contrastive_boxes(boxes, sign, u, copy, scale):
+    far = scale * sign * torch.where(copy[:, None] == 1, 1 + u, u)
+    w, h = boxes[:, 2:].unbind(1)
+    left, top, right, bottom = cxcywh_to_xyxy(boxes).unbind(1)
+    moved = (left + far[:, 0] * w / 2, top + far[:, 1] * h / 2, right + far[:, 2] * w / 2, bottom + far[:, 3] * h / 2)
+    return xyxy_to_cxcywh(torch.stack(moved, 1).clamp(0, 1))
+""",
+        wrong={
+            "the whole side": [("boxes[:, 2:] / 2", "boxes[:, 2:]")],
+            "both copies near": [("(u + copy[:, None])", "u")],
+            "the copies exchanged": [("copy[:, None]", "1 - copy[:, None]")],
+            "no clamp": [(".clamp(0, 1)", "")],
+            "centre and size moved": [
+                ("cxcywh_to_xyxy(boxes) + ", "boxes + "),
+                ("xyxy_to_cxcywh(corners.clamp(0, 1))", "corners.clamp(0, 1)"),
+            ],
+            "the sides exchanged": [("boxes[:, 2:] / 2", "boxes[:, [3, 2]] / 2")],
+            "no sign": [("sign * (u", "(u")],
+            "corners returned": [("xyxy_to_cxcywh(corners.clamp(0, 1))", "corners.clamp(0, 1)")],
+        },
+    ),
+    ("39", "check_which_leak"): Answers(
+        right="""
+def which_leak(mask, answering, size):
+    found = set()
+    for row in range(len(mask)):
+        for column in range(len(mask)):
+            sees, noised = bool(mask[row, column] == 0), column >= answering
+            same = row >= answering and (row - answering) // size == (column - answering) // size
+            if noised and row < answering and sees:
+                found.add("answers")
+            elif noised and row >= answering and not same and sees:
+                found.add("groups")
+            elif row >= answering and (same or not noised) and not sees:
+                found.add("blind")
+    return next((name for name in ("answers", "groups", "blind") if name in found), "")
+""",
+        wrong={
+            "never anything": """
+def which_leak(mask, answering, size):
+    return ""
+""",
+            "rows and columns exchanged": [("= group[:, None], group,", "= group, group[:, None],")],
+            "hidden read as seen": [("mask == 0", "mask != 0")],
+            "only those that answer": [('return "groups"', 'return ""')],
+            "own group forgotten": [("((column < 0) | (row == column))", "(column < 0)")],
+            "those that answer forgotten": [("((column < 0) | (row == column))", "(row == column)")],
+            "one slot a group": [("place.div(size", "place.div(1")],
+            "in another order": [('return "answers"', 'return "groups"')],
+        },
+    ),
+    ("39", "check_instability"): Answers(
+        right="""
+def instability(before, after, queries):
+    old, new = (dict(zip(query.tolist(), goal.tolist())) for query, goal in (before, after))
+    return sum(old.get(query, -1) != new.get(query, -1) for query in range(queries))
+""",
+        wrong={
+            "objects counted": """
+def instability(before, after, queries):
+    old, new = (dict(zip(goal.tolist(), query.tolist())) for query, goal in (before, after))
+    return sum(old.get(goal) != new.get(goal) for goal in {*old, *new})
+""",
+            "only those matched both times": """
+def instability(before, after, queries):
+    old, new = (dict(zip(query.tolist(), goal.tolist())) for query, goal in (before, after))
+    return sum(old[query] != new[query] for query in old.keys() & new.keys())
+""",
+            "sets of queries": """
+def instability(before, after, queries):
+    return len(set(before[0].tolist()) ^ set(after[0].tolist()))
+""",
+            "a share": [("int((rows[0] != rows[1]).sum())", "round(float((rows[0] != rows[1]).float().mean()))")],
+            "none is object 0": [("torch.full((queries,), -1)", "torch.full((queries,), 0)")],
+            "how far": [("(rows[0] != rows[1])", "(rows[0] - rows[1]).abs()")],
+        },
+    ),
     ("80", "check_changes"): Answers(
         right="""
 def changes(old, new):
