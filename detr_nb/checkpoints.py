@@ -177,10 +177,19 @@ def weights_of(saved: Mapping, path: Path) -> Mapping[str, Tensor]:
     return state
 
 # %% ../nbs/88_checkpoints.ipynb #a91271ec
-# Options that change what weights mean. Some are the same for all our models, and files
-# may have others; the rest are fields here, under the name on the right.
+# Options that change what weights mean. Some are the same for all our models, unless a
+# model says otherwise, and files may have others; the rest are fields here, under the
+# name on the right.
 ALWAYS = {"activation_function": "relu", "downsample_in_bottleneck": False}
-OPTIONS = {"nheads": "nheads", "pre_norm": "pre_norm", "dilation": "backbone.dilation"}
+OPTIONS = {
+    "nheads": "nheads",
+    "pre_norm": "pre_norm",
+    "dilation": "backbone.dilation",
+    "num_patterns": "num_patterns",
+    "transformer_activation": "activation_function",
+    "pe_temperatureH": "temperature",  # DAB-DETR's authors
+    "temperature_height": "temperature",  # Hugging Face
+}
 
 
 def described(words: object, path: Path) -> ModelConfig | None:

@@ -173,7 +173,7 @@ def settings_of(model: nn.Module) -> dict[str, object]:
     """What must be the same in a file and a model for weights to mean the same; nothing
     for a model of no `Config`."""
     config = getattr(model, "config", None)
-    return {**config.bound(), **ALWAYS} if isinstance(config, ModelConfig) else {}
+    return {**ALWAYS, **config.bound()} if isinstance(config, ModelConfig) else {}
 
 # %% ../nbs/14_pretrained.ipynb #37c42667
 PUBLISHED = {
