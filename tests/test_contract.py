@@ -8,7 +8,7 @@ import math
 import pkgutil
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import cache, partial
 from importlib import import_module
@@ -45,6 +45,7 @@ from detr_nb.model import (
 )
 from detr_nb.notation import Memory, Output, Target
 from detr_nb.pretrained import pretrained_model
+from detr_nb.steps import activation_checkpointing
 from detr_nb.training import TrainConfig, fit
 
 CLASSES, QUERIES, LAYERS = 4, 7, 2
@@ -425,6 +426,32 @@ def test_a_member_takes_a_step_of_fit(name):
     run = fit(TrainConfig(Pairs(), MEMBERS[name](**SIZES), **few))
     assert all(math.isfinite(value) for value in run.history[-1].values() if isinstance(value, float))
     assert 0 <= run.metrics["AP"] <= 1
+
+
+@every_member
+def test_layers_of_a_member_that_are_computed_twice_give_the_same_gradients(name):
+    found = []
+    for twice in (False, True):
+        model, targets = frozen_norms(member(name)).train(), some_targets()
+        criterion = criterion_for(model)
+        with activation_checkpointing(model) if twice else nullcontext():
+            torch.manual_seed(0)
+            criterion.total(criterion(model(images(), targets=targets), targets)).backward()
+        found.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(found[1], found[0])
+
+
+@every_member
+def test_a_member_trains_with_numbers_of_16_bits(name):
+    model, targets = frozen_norms(member(name)).train(), some_targets()
+    criterion, losses = criterion_for(model), []
+    for bf16 in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            torch.manual_seed(0)
+            losses.append(criterion.total(criterion(model(images(), targets=targets), targets)))
+    losses[1].backward()
+    assert abs(losses[1] - losses[0]) < 0.05 * losses[0]
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 @every_member
