@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, NamedTuple
 from urllib.parse import urlsplit
 from urllib.response import addinfourl
@@ -126,6 +127,7 @@ class Checkpoint(NamedTuple):
         threshold: score from which a detection counts, if it says so.
         config: the whole configuration, if the file has it.
         num_classes: number of classes, if it says so.
+        told: all options of its program, the authors' or Hugging Face's, as they are.
     """
 
     state: Mapping[str, Tensor]
@@ -136,6 +138,7 @@ class Checkpoint(NamedTuple):
     threshold: Number | None = None
     config: ModelConfig | None = None
     num_classes: int | None = None
+    told: Mapping[str, object] = MappingProxyType({})
 
 # %% ../nbs/88_checkpoints.ipynb #faa179fd
 # where programs put the weights, and what they put before every name
@@ -174,10 +177,19 @@ def weights_of(saved: Mapping, path: Path) -> Mapping[str, Tensor]:
     return state
 
 # %% ../nbs/88_checkpoints.ipynb #a91271ec
-# Options that change what weights mean. Some are the same for all our models, and files
-# may have others; the rest are fields here, under the name on the right.
+# Options that change what weights mean. Some are the same for all our models, unless a
+# model says otherwise, and files may have others; the rest are fields here, under the
+# name on the right.
 ALWAYS = {"activation_function": "relu", "downsample_in_bottleneck": False}
-OPTIONS = {"nheads": "nheads", "pre_norm": "pre_norm", "dilation": "backbone.dilation"}
+OPTIONS = {
+    "nheads": "nheads",
+    "pre_norm": "pre_norm",
+    "dilation": "backbone.dilation",
+    "num_patterns": "num_patterns",
+    "transformer_activation": "activation_function",
+    "pe_temperatureH": "temperature",  # DAB-DETR's authors
+    "temperature_height": "temperature",  # Hugging Face
+}
 
 
 def described(words: object, path: Path) -> ModelConfig | None:
@@ -203,14 +215,14 @@ def told_beside(saved: Mapping, path: Path) -> Beside:
         raise ValueError(f"{path}: {error}") from error
 
 
-def authors_options(saved: Mapping, path: Path) -> dict[str, object]:
-    """The authors' options that change what weights mean, by the names of our
-    fields."""
+def authors_options(saved: Mapping, path: Path) -> Mapping[str, object]:
+    """The options of the authors' program, by their names; empty if the file has
+    none."""
     args = saved.get("args", {})
     told = vars(args) if isinstance(args, argparse.Namespace) else args
     if not isinstance(told, Mapping):
         raise ValueError(f"{path}: args is a {type(args).__name__}: delete that field")
-    return {field: told[option] for option, field in OPTIONS.items() if option in told}
+    return told
 
 
 def read_torch(path: Path) -> Checkpoint:
@@ -219,32 +231,34 @@ def read_torch(path: Path) -> Checkpoint:
     saved = saved if isinstance(saved, dict) else {}
     weights = weights_of(saved, path)
     config = described(saved.get("description"), path)
-    settings = config.bound() if config else authors_options(saved, path)
+    args = {} if config else authors_options(saved, path)
+    settings = {field: args[name] for name, field in OPTIONS.items() if name in args}
     beside = told_beside(saved if weights is not saved else {}, path)
     return Checkpoint(
         unwrapped(weights),
-        settings,
+        config.bound() if config else settings,
         beside.names,
         beside.category_ids,
         beside.preprocess,
         beside.threshold,
         config,
         beside.num_classes,
+        args,
     )
 
 # %% ../nbs/88_checkpoints.ipynb #c875908b
+# Hugging Face's names of the models that have a chapter here
+MODEL_TYPES = ("detr", "table-transformer", "conditional_detr", "dab-detr")
+
+
 def folder_config(folder: Path) -> dict:
     """The config.json of a Hugging Face folder; empty if there is none."""
     file = folder / "config.json"
     config = read_json(file) if file.exists() else {}
-    if config.get("model_type", "detr") not in (
-        "detr",
-        "table-transformer",
-        MODEL_TYPE,
-    ):
+    if (kind := config.get("model_type", "detr")) not in (*MODEL_TYPES, MODEL_TYPE):
         raise ValueError(
-            f"{file} is of a {config['model_type']!r} model: load_pretrained reads"
-            " those of 'detr'"
+            f"{file} is of a {kind!r} model: load_pretrained reads those of"
+            f" {', '.join(map(repr, MODEL_TYPES))}"
         )
     return config
 
@@ -416,7 +430,8 @@ def read_hugging_face(path: Path) -> Checkpoint:
         names = label_names(told, state, folder / CONFIG)
         ids = list(range(len(names)))
     settings = config_settings(config)
-    return Checkpoint(state, settings, names, ids, folder_preprocess(folder))
+    rest = {"preprocess": folder_preprocess(folder), "told": config}
+    return Checkpoint(state, settings, names, ids, **rest)
 
 # %% ../nbs/88_checkpoints.ipynb #2a8054d0
 Rules = Sequence[tuple[str, str]]  # pattern and replacement, applied in order

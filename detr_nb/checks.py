@@ -654,7 +654,7 @@ def count_problems(
         remedy = "do the annotations belong to these pictures?"
         value = f"none in {images} images"
         yield Problem(where, "number of objects", value, remedy, "empty")
-    if tally.objects and not tally.unknown and tally.largest <= 1:
+    if tally.objects and not tally.unknown and 0 < tally.largest <= 1:
         remedy = "are these shares of the picture? multiply by its width and height"
         field, value = "largest corner of all boxes", f"{tally.largest:.3g} pixels"
         yield Problem(where, field, value, remedy, "shares")

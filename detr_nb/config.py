@@ -104,7 +104,7 @@ Width = Annotated[int, Within(1, 2**16)]  # channels, heads
 
 # %% ../nbs/80_config.ipynb #8f4b5704
 Pixels = Annotated[int, Within(1, 2**16)]
-FrameSide = Annotated[int, Within(1, 2**13)]  # to which a picture is resized
+FrameSide = Annotated[int, Within(2, 2**13)]  # to which a picture is resized
 PhotoSide = Annotated[int, Within(16, 2**13)]  # the same of photographs in a run
 Layers = Annotated[int, Within(0, 100)]
 Depth = Annotated[int, Within(1, 100)]  # layers, of which there must be one

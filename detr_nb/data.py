@@ -321,12 +321,12 @@ class Preprocess(Config):
             `in_memory`: for models that have seen one frame only. None keeps the shape.
 
     Raises:
-        ConfigError: if a side is shorter than a pixel or too long, or a deviation is
-            not positive.
+        ConfigError: if a side is shorter than two pixels (torch resizes no picture
+            to a single one) or too long, or a deviation is not positive.
     """
 
     short_side: FrameSide = 800
-    longest: Annotated[int, Within(1, 2**20)] = 1333
+    longest: Annotated[int, Within(2, 2**20)] = 1333
     mean: tuple[Colour, Colour, Colour] = IMAGENET_MEAN
     std: tuple[Deviation, Deviation, Deviation] = IMAGENET_STD
     size: tuple[FrameSide, FrameSide] | None = None

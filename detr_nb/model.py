@@ -10,7 +10,7 @@ __all__ = ['ObjectQueries', 'SoftmaxScores', 'Head', 'DETR', 'postprocess', 'Sig
 # %% ../nbs/08_model.ipynb #8eff236c
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from itertools import pairwise
@@ -892,7 +892,17 @@ class DETRConfig(ModelConfig):
             self.backbone.build(), self.positions(), self.hidden_dim
         )
 
-    def layer_sizes(self) -> tuple[int, int, int, float, bool]:
+    def bound(self) -> dict[str, object]:
+        """As for every model, and the name of the activation, as Hugging Face's files
+        give it."""
+        name = type(self.activation()).__name__.lower()
+        return {**super().bound(), "activation_function": name}
+
+    def activation(self) -> nn.Module:
+        """What stands between the maps of a feed-forward net."""
+        return nn.ReLU()
+
+    def layer_sizes(self) -> tuple[int, int, int, float, bool, Callable[[], nn.Module]]:
         """The arguments of an encoder or decoder layer."""
         return (
             self.hidden_dim,
@@ -900,6 +910,7 @@ class DETRConfig(ModelConfig):
             self.dim_feedforward,
             float(self.dropout),
             self.pre_norm,
+            self.activation,
         )
 
     def encoder(self, memory: nn.Module) -> nn.Module:

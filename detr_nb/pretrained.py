@@ -28,7 +28,7 @@ from detr_nb.checkpoints import (
     split_stacked,
 )
 from .checks import as_picture
-from .config import ModelConfig
+from .config import ModelConfig, known_kinds
 from .evaluation import evaluation_mode
 from .hub import check_classes, with_twins
 from .model import DETR, DETRConfig, DETRDemo, ResNetConfig, TinyModel, detr_tiny
@@ -173,7 +173,7 @@ def settings_of(model: nn.Module) -> dict[str, object]:
     """What must be the same in a file and a model for weights to mean the same; nothing
     for a model of no `Config`."""
     config = getattr(model, "config", None)
-    return {**config.bound(), **ALWAYS} if isinstance(config, ModelConfig) else {}
+    return {**ALWAYS, **config.bound()} if isinstance(config, ModelConfig) else {}
 
 # %% ../nbs/14_pretrained.ipynb #37c42667
 PUBLISHED = {
@@ -216,6 +216,11 @@ def layouts_of(config: object) -> Sequence[tuple[str, Rules]]:
     """The layouts in which weights of a model may come, by what describes it;
     descendants of DETR register theirs."""
     return LAYOUTS
+
+
+# what tells from a strange checkpoint which descendant of DETR it holds: each chapter
+# appends a function that gives the configuration, or None for what is not its own
+READERS: list[Callable[[Checkpoint], ModelConfig | None]] = []
 
 # %% ../nbs/14_pretrained.ipynb #5a771e72
 def convert_names(
@@ -381,6 +386,11 @@ def builder(checkpoint: Checkpoint) -> Callable[[], DETR | DETRDemo]:
     """What makes a model with the architecture of a checkpoint, with fresh weights."""
     if checkpoint.config:
         return partial(checkpoint.config.build, checkpoint.num_classes)
+    known_kinds(ModelConfig)  # every chapter of a descendant has its reader by now
+    for config in filter(None, (reader(checkpoint) for reader in READERS)):
+        state = convert_names(checkpoint.state, {}, layouts_of(config))
+        columns = rows(state, "decoder.head.classes.bias") or 0
+        return partial(config.build, columns - config.scores().spare)
     state = convert_names(checkpoint.state, {})
     sizes = architecture(state)
     if "linear_class.bias" in state:

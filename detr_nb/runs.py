@@ -352,8 +352,9 @@ def save_run(run: Run) -> None:
         zip(sums, all_reduce_mean(run.accelerator, *sums.values()), strict=True)
     )
     if run.accelerator.is_main_process:
-        mend_folder(run)
-        save_atomically(run_state(run), run.folder / "checkpoint.pt")
+        with deaths_delayed():  # a death in between would leave nothing saved
+            mend_folder(run)
+            save_atomically(run_state(run), run.folder / "checkpoint.pt")
 
 
 def rescue(run: Run) -> None:
@@ -371,8 +372,9 @@ def rescue(run: Run) -> None:
         )
     else:
         try:
-            mend_folder(run)
-            save_atomically(run_state(run), run.folder / "checkpoint.pt")
+            with deaths_delayed():  # the second worker's, while the first is answered
+                mend_folder(run)
+                save_atomically(run_state(run), run.folder / "checkpoint.pt")
         except OSError as error:
             told = str(error)
     tqdm.write(told, file=sys.stderr)

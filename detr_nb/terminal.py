@@ -89,7 +89,7 @@ def flags_of(
                 yield from flags_of(inner, f"{name}.", (*above, kind, inner))
 
 # %% ../nbs/89_terminal.ipynb #74cad1cf
-class Say(Action):
+class CollectWords(Action):
     """Keeps what a command line says, word by word, in `said`."""
 
     def __call__(
@@ -127,24 +127,28 @@ def options_parser(
         argument_default=SUPPRESS,
     )
     files = "a YAML file with any of these options; later flags win"
-    parser.add_argument("--config", action=Say, metavar="FILE", help=files)
+    parser.add_argument("--config", action=CollectWords, metavar="FILE", help=files)
     plugin = "import a module, or a .py file, that defines classes of your own"
-    parser.add_argument("--plugin", action=Say, metavar="MODULE", help=plugin)
+    parser.add_argument("--plugin", action=CollectWords, metavar="MODULE", help=plugin)
     found: dict[str, Flag] = {}
     for flag in flags_of(kind):  # the first of a name tells its help
         found.setdefault(flag.name, flag)
     for flag in found.values():
         told = flag.told.replace("%", "%%")
         if flag.name in free:
-            parser.add_argument(flag.name, action=Say, nargs=free[flag.name], help=told)
+            parser.add_argument(
+                flag.name, action=CollectWords, nargs=free[flag.name], help=told
+            )
         else:
             name, shape = f"--{flag.name}", flag.name.rpartition(".")[2].upper()
             count = 0 if flag.hint == Switch else None
-            parser.add_argument(name, action=Say, nargs=count, metavar=shape, help=told)
+            parser.add_argument(
+                name, action=CollectWords, nargs=count, metavar=shape, help=told
+            )
     return parser
 
 # %% ../nbs/89_terminal.ipynb #fefa7e3a
-def spoken(hint: object, text: object) -> object:
+def flag_value(hint: object, text: object) -> object:
     """What the words of a flag mean for a field of a type."""
     if not isinstance(text, str):
         return text
@@ -170,7 +174,9 @@ def kind_below(kind: type[Config], words: Mapping, name: str) -> type[Config] | 
     return type(default) if isinstance(default, Config) else base
 
 # %% ../nbs/89_terminal.ipynb #542066ef
-def put(words: dict, kind: type[Config], path: Sequence[str], value: object) -> None:
+def set_word(
+    words: dict, kind: type[Config], path: Sequence[str], value: object
+) -> None:
     """Write the value of a flag into plain words, in place."""
     name, *rest = path
     inside = config_base(get_type_hints(kind).get(name))
@@ -180,7 +186,7 @@ def put(words: dict, kind: type[Config], path: Sequence[str], value: object) -> 
         below = kind_below(kind, words, name)
         if not isinstance(words.get(name), Mapping):
             words[name] = {"kind": kind_word(below)} if complete(below) else {}
-        put(words[name], below, rest, value)
+        set_word(words[name], below, rest, value)
     elif inside and isinstance(value, str):
         before = words.get(name)
         same = isinstance(before, Mapping) and before.get("kind") == value
@@ -214,7 +220,7 @@ def file_words(kind: type[Config], file: str) -> dict:
         raise ConfigError(error.field, error.reason, str(file)) from error
 
 # %% ../nbs/89_terminal.ipynb #3cfa6a90
-def merged(words: Mapping, later: Mapping) -> dict:
+def merge_words(words: Mapping, later: Mapping) -> dict:
     """Both, the later ones over the earlier ones, also inside a configuration of the
     same kind."""
     found = dict(words)
@@ -222,11 +228,11 @@ def merged(words: Mapping, later: Mapping) -> dict:
         before = found.get(name)
         both = isinstance(before, Mapping) and isinstance(value, Mapping)
         same = both and before.get("kind") == value.get("kind", before.get("kind"))
-        found[name] = merged(before, value) if same else value
+        found[name] = merge_words(before, value) if same else value
     return found
 
 
-def choose(kind: type[Config], words: dict, flags: Sequence[str]) -> None:
+def drop_alternatives(kind: type[Config], words: dict, flags: Sequence[str]) -> None:
     """Drop what a flag takes the place of, in place; refuse two that say the same."""
     for group in kind.ALTERNATIVES:
         said = [name for name in group if name in flags]
@@ -239,21 +245,21 @@ def choose(kind: type[Config], words: dict, flags: Sequence[str]) -> None:
                 words.pop(name, None)
 
 # %% ../nbs/89_terminal.ipynb #8d1e895b
-def said_words(kind: type[Config], said: Sequence[tuple[str, object]]) -> dict:
+def words_of_flags(kind: type[Config], said: Sequence[tuple[str, object]]) -> dict:
     """Plain words of what a command line says, in its order."""
     hints = {flag.name: flag.hint for flag in reversed(list(flags_of(kind)))}
     words: dict = {}
     for name, value in said:
         if name == "config":
-            words = merged(words, file_words(kind, value))
+            words = merge_words(words, file_words(kind, value))
         elif name != "plugin":
             try:
-                put(words, kind, name.split("."), spoken(hints[name], value))
+                set_word(words, kind, name.split("."), flag_value(hints[name], value))
             except ConfigError as error:
                 if error.field != "the text":
                     raise
                 raise ConfigError(name, error.reason) from error
-    choose(kind, words, [name for name, _ in said])
+    drop_alternatives(kind, words, [name for name, _ in said])
     return words
 
 
@@ -278,7 +284,7 @@ def read_options(
     said = getattr(space, "said", [])
     files = [value for name, value in said if name == "config"]
     try:
-        return kind.read(said_words(kind, said))
+        return kind.read(words_of_flags(kind, said))
     except ConfigError as error:
         own = any(error.field.startswith(name) for name, _ in said if name != "config")
         if own or not files or error.source or error.field.startswith("--"):
@@ -431,7 +437,7 @@ def complain(line: str) -> None:
     tqdm.write(f"detr-nb: {line}", file=sys.stderr)
 
 # %% ../nbs/89_terminal.ipynb #18f00028
-class Outlet:
+class LastingStream:
     """A stream whose failures do not reach the work."""
 
     def __init__(self, stream: object):  # whatever writes text
@@ -472,7 +478,7 @@ def open_streams() -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf8"))  # noqa: SIM115
 
 
-def silence(outlet: Outlet) -> None:
+def discard_stream(outlet: LastingStream) -> None:
     """Lead a stream that failed to nowhere: Python tries it again at its end."""
     with suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -486,10 +492,10 @@ def warn_in_a_line(message: Warning | str, *_: object, **__: object) -> None:
 
 
 @contextmanager
-def lasting_streams() -> Iterator[Outlet]:
+def lasting_streams() -> Iterator[LastingStream]:
     """While the block runs, output cannot fail; warnings take one line."""
     open_streams()
-    out, err = Outlet(sys.stdout), Outlet(sys.stderr)
+    out, err = LastingStream(sys.stdout), LastingStream(sys.stderr)
     try:
         with redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
             warnings.showwarning = warn_in_a_line
@@ -498,4 +504,4 @@ def lasting_streams() -> Iterator[Outlet]:
         for outlet in (out, err):
             outlet.flush()
             if outlet.failure:
-                silence(outlet)
+                discard_stream(outlet)

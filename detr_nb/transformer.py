@@ -48,7 +48,7 @@ class Residual(nn.Module):
 
 # %% ../nbs/07_transformer.ipynb #a8db3845
 class FeedForward(nn.Sequential):
-    """Two linear maps with a ReLU between, applied to every token alone.
+    """Two linear maps with an activation between, applied to every token alone.
 
     The matrices start Xavier-uniform, as all matrices of DETR's transformer do; the
     biases keep torch's default.
@@ -57,12 +57,18 @@ class FeedForward(nn.Sequential):
         d: model width.
         hidden: width between the maps.
         dropout: share of the hidden numbers dropped in training, in [0, 1).
+        activation: makes what stands between the maps.
     """
 
-    def __init__(self, d: int, hidden: int, dropout: Number = 0.0):
-        super().__init__(
-            nn.Linear(d, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, d)
-        )
+    def __init__(
+        self,
+        d: int,
+        hidden: int,
+        dropout: Number = 0.0,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+    ):
+        first, last = nn.Linear(d, hidden), nn.Linear(hidden, d)
+        super().__init__(first, activation(), nn.Dropout(dropout), last)
         for linear in (self[0], self[3]):
             nn.init.xavier_uniform_(linear.weight)
 
@@ -98,6 +104,7 @@ class EncoderLayer(nn.Module):
         hidden: width of the feed-forward net.
         dropout: share dropped in attention, feed-forward and residual steps, in [0, 1).
         pre_norm: as in `Residual`.
+        activation: of the feed-forward net.
         attention: `attention(x, memory) -> x`; a `CellAttention` if left out.
 
     Source: DETR, appendix A.3.
@@ -110,11 +117,12 @@ class EncoderLayer(nn.Module):
         hidden: int,
         dropout: Number = 0.0,
         pre_norm: bool = False,
+        activation: Callable[[], nn.Module] = nn.ReLU,
         attention: nn.Module | None = None,
     ):
         super().__init__()
         self.attention = attention or CellAttention(d, heads, float(dropout))
-        self.feed_forward = FeedForward(d, hidden, dropout)
+        self.feed_forward = FeedForward(d, hidden, dropout, activation)
         self.attention_step, self.feed_step = (
             Residual(d, dropout, pre_norm) for _ in range(2)
         )
@@ -244,6 +252,7 @@ class DecoderLayer(nn.Module):
         hidden: width of the feed-forward net.
         dropout: share dropped in attention, feed-forward and residual steps, in [0, 1).
         pre_norm: as in `Residual`.
+        activation: of the feed-forward net.
         cross: the cross-attention, `cross(content, where, ref, memory)`; dense if left
             out.
         attention: the self-attention, `attention(content, pos, bias)`; a
@@ -261,13 +270,14 @@ class DecoderLayer(nn.Module):
         hidden: int,
         dropout: Number = 0.0,
         pre_norm: bool = False,
+        activation: Callable[[], nn.Module] = nn.ReLU,
         cross: nn.Module | None = None,
         attention: nn.Module | None = None,
         cross_dropout: Number | None = None,
     ):
         super().__init__()
         self.attention = attention or QueryAttention(d, heads, float(dropout))
-        self.feed_forward = FeedForward(d, hidden, dropout)
+        self.feed_forward = FeedForward(d, hidden, dropout, activation)
         self.cross = cross or DenseCrossAttention(d, heads, dropout)
         shares = (dropout, dropout if cross_dropout is None else cross_dropout, dropout)
         self.attention_step, self.cross_step, self.feed_step = (

@@ -25,6 +25,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from browser import CHROMIUM, Browser  # noqa: E402
 from built import HTML, need  # noqa: E402
+from inputs import FED  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 assert not any(name.startswith("detr_nb.") for name in sys.modules), "detr_nb was imported before the type checker"
@@ -73,8 +74,16 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest come first, so that both processes end at nearly the same time."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that both processes end at nearly the same time.
+
+    What every file feeds is noted before `-k` and `-m` choose among the tests.
+    """
+    fed: dict[str, set[str]] = {item.path.name: set() for item in items}
+    for item in items:
+        fed[item.path.name] |= {mark.args[0] for mark in item.iter_markers("fault")}
+    config.stash[FED] = fed
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 

@@ -21,6 +21,7 @@ import small_runs
 import torch
 from small_runs import CONFIG, Deadly, Drawn, series, wait_for
 
+import detr_nb.runs as runs
 import detr_nb.training as training
 from detr_nb.checks import DataError
 from detr_nb.formats import CocoData, CocoDataset, Sizes, write_coco
@@ -483,6 +484,39 @@ class Timed(SlowToMeasure):
         return super().evaluate(model, dataset, **options)
 
 
+@dataclass(frozen=True)
+class Many(Drawn):
+    """So many held-out scenes that the model looks at them for a while."""
+
+    def load(self) -> tuple[MemoryDataset, MemoryDataset]:
+        """A few scenes to learn from, and 6000 to be examined with."""
+        few = series(100, 2)
+        targets = [{**few.targets[i % 100], "image_id": i} for i in range(6000)]
+        many = MemoryDataset(few.images.repeat(60, 1, 1, 1), targets, few.names, few.category_ids)
+        return series(self.count, 1), many
+
+    def evaluate(self, model, dataset, **options):
+        """Send the signal half a second later."""
+        threading.Timer(0.5, lambda: (told.append(time.monotonic()), os.kill(os.getpid(), signal.SIGTERM))).start()
+        found = super().evaluate(model, dataset, **options)
+        told.append(None)
+        return found
+
+
+told: list[float | None] = []
+
+
+@pytest.mark.slow
+@pytest.mark.fault("SIGTERM during an evaluation of 4000 images")
+def test_sigterm_ends_a_real_evaluation_of_thousands_of_images_within_seconds(tmp_path):
+    told.clear()
+    with pytest.raises(SystemExit) as left:
+        fit(replace(SHORT, data=Many(), steps=2, folder=str(tmp_path)))
+    assert left.value.code == 143 and None not in told, "the evaluation was over before the signal came"
+    assert time.monotonic() - told[0] < 10  # five seconds on a machine twice as fast
+    assert state_of(tmp_path)["step"] == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("whom", "code"), [("group", 143), ("worker", 7)])
 def test_a_signal_to_the_whole_group_or_to_a_worker_leaves_the_steps_saved(whom, code, coco, tmp_path):
@@ -503,6 +537,28 @@ def test_a_signal_to_the_whole_group_or_to_a_worker_leaves_the_steps_saved(whom,
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert state_of(run)["step"] > 3
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["while it saves", "while it is rescued"])
+def test_a_worker_that_dies_while_the_run_is_being_saved_loses_nothing(later, tmp_path, monkeypatch):
+    """torch raises wherever the program is when a worker dies; here at the worst moment."""
+    def dead(number: int, frame: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
+
+    save, before = runs.save_atomically, signal.signal(signal.SIGCHLD, dead)
+
+    def save_late(*words: object) -> None:
+        os.kill(os.getpid(), signal.SIGCHLD)
+        save(*words)
+
+    monkeypatch.setattr(runs, "save_atomically", save_late)
+    try:
+        with pytest.raises(RuntimeError, match="DataLoader worker"):
+            fit(replace(SHORT, folder=str(tmp_path), save_every=3600 if later else 0),
+                watch=lambda run: dead(0, None) if later else None)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert state_of(tmp_path)["step"] >= 1
 
 
 # --- what a checkpoint must hold ----------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Files that are written while others read, disks that are full, folders that belong to somebody else, bad servers."""
 
 import hashlib
-import json
 import os
 import resource
 import signal
@@ -12,11 +11,14 @@ import zipfile
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Thread
 
 import pytest
 import torch
+from inputs import fault, snapshot, strict_json
 
 import detr_nb.downloads as downloads
 from detr_nb.downloads import Archive, DownloadError, download, download_coco, fetch
@@ -43,10 +45,6 @@ def little_disk(room: int):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
-
-
-def words_in(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # --- one writer ---------------------------------------------------------------------------------------------------
@@ -79,7 +77,7 @@ def test_a_full_disk_leaves_the_old_file_and_is_named(tmp_path):
     with little_disk(1000), pytest.raises(OSError, match=r"rows\.json could not be written .*unharmed"):
         with replacing(path) as file:
             file.write("1" * 5000)
-    assert words_in(tmp_path) == {"rows.json": b"[1, 2]"}
+    assert snapshot(tmp_path) == {"rows.json": b"[1, 2]"}
     with replacing(path) as file:
         file.write("[]")
     assert path.stat().st_mode & 0o777 == 0o640
@@ -108,20 +106,13 @@ def test_devices_stay_devices_and_links_lead_nowhere(tmp_path):
         append_line(tmp_path / "log", "a line")
 
 
-def strict(text: str) -> object:
-    def refuse(word):
-        raise ValueError(word)
-
-    return json.loads(text.encode("utf8"), parse_constant=refuse)
-
-
 @pytest.mark.parametrize(("value", "found"), [
     (float("nan"), None), ([1.5, -float("inf")], [1.5, None]),
     ({"a": {"b": (float("nan"), 2)}}, {"a": {"b": [None, 2]}}),
     ("Käfer\udce9\ud800", "Käfer\udce9\ud800"), (Path("a/b"), "a/b"), ({1: True}, {"1": True}),
 ])
 def test_a_strict_reader_takes_our_json(value, found):
-    assert strict(json_text(value)) == found and strict(json_text(value, 1)) == found
+    assert strict_json(json_text(value)) == found and strict_json(json_text(value, 1)) == found
     with pytest.raises(TypeError):
         json_text({"a": object()})
 
@@ -158,7 +149,7 @@ def test_files_that_belong_together_come_together_or_not_at_all(tmp_path):
         with replacing_together(tmp_path) as half:
             (half / "a").write_text("new")
             (half / "b").write_text("n" * 5000)
-    assert words_in(tmp_path) == {"a": b"old"}
+    assert snapshot(tmp_path) == {"a": b"old"}
 
 
 # --- saved models and data ----------------------------------------------------------------------------------------
@@ -173,10 +164,10 @@ def saved(tmp_path) -> Path:
 @pytest.mark.fault("disk full while save_pretrained writes over a good model")
 @pytest.mark.parametrize("room", [300, 100_000])
 def test_a_full_disk_leaves_the_saved_model(room, saved):
-    before, model = words_in(saved), detr_tiny(num_classes=5)
+    before, model = snapshot(saved), detr_tiny(num_classes=5)
     with little_disk(room), pytest.raises(OSError, match="saved could not be written .*unharmed"):
         model.save_pretrained(saved)
-    assert words_in(saved) == before and DETR.from_pretrained(saved).num_classes == 2
+    assert snapshot(saved) == before and DETR.from_pretrained(saved).num_classes == 2
 
 
 @pytest.mark.fault("save_pretrained into a folder with another config.json")
@@ -189,12 +180,12 @@ def test_a_full_disk_leaves_the_saved_model(room, saved):
 def test_a_model_is_not_saved_over_what_is_none(files, reason, tmp_path):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    before = words_in(tmp_path)
+    before = snapshot(tmp_path)
     with pytest.raises(ValueError, match=f"a model cannot be saved there, because .*{reason}.*: give another folder"):
         detr_tiny().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="because it is a file"):
         detr_tiny().save_pretrained(tmp_path / next(iter(files)))
-    assert words_in(tmp_path) == before
+    assert snapshot(tmp_path) == before
 
 
 def test_a_card_of_ones_own_stays_and_a_model_of_ours_is_replaced(saved):
@@ -226,7 +217,7 @@ def test_a_full_disk_leaves_the_annotations(tmp_path):
     before = file.read_bytes()
     with little_disk(len(before)), pytest.raises(OSError, match="could not be written"):
         write_coco(Scenes(replace(EASY, size=32), 12, 1), tmp_path)
-    assert file.read_bytes() == before and strict(before.decode())
+    assert file.read_bytes() == before and strict_json(before.decode())
 
 
 # --- downloads ----------------------------------------------------------------------------------------------------
@@ -287,7 +278,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.fault("Content-Length: abc")) for kind in BAD])
+@pytest.mark.parametrize("kind", [fault("Content-Length: abc", "abc"), *(kind for kind in BAD if kind != "abc")])
 def test_a_bad_server_is_told_in_a_line_and_the_next_mirror_is_tried(kind, server, tmp_path):
     content = zipped(tmp_path / "source.zip")
     make, silent, reason = BAD[kind]
@@ -328,7 +319,7 @@ def test_nothing_is_written_outside_of_the_folder(names, reason, server, tmp_pat
     Bad.plan = {"/a": (answer(content), False)}
     with pytest.raises(DownloadError, match=reason):
         download([archive(content, f"{server}/a")], folder, quiet=True)
-    assert words_in(elsewhere) == {"a.jpg": b"theirs"} and not (tmp_path / "up.jpg").exists()
+    assert snapshot(elsewhere) == {"a.jpg": b"theirs"} and not (tmp_path / "up.jpg").exists()
 
 
 def test_a_zip_bomb_is_refused(server, tmp_path):
@@ -338,34 +329,64 @@ def test_a_zip_bomb_is_refused(server, tmp_path):
         download([archive(content, f"{server}/a")], tmp_path / "new", quiet=True)
 
 
+def download_and_die(wanted: Archive, folder: Path) -> None:
+    """A program that is killed when it has unpacked all but half of the last file."""
+
+    def dying(source, target, size: int) -> None:
+        content = source.read()
+        target.write(content[: len(content) // 2])
+        target.flush()
+        if content[:1] == b"b":
+            os.kill(os.getpid(), signal.SIGKILL)
+        target.write(content[len(content) // 2 :])
+
+    downloads.copyfileobj = dying
+    download([wanted], folder, quiet=True)
+
+
+def program(function, *args: object) -> BaseProcess:
+    """A process of its own, which has all that this one has."""
+    process = get_context("fork").Process(target=function, args=args)
+    process.start()
+    return process
+
+
 @pytest.mark.fault("kill -9 while the last file is unpacked")
 def test_half_a_file_is_mended_by_the_next_call(server, tmp_path):
     content = zipped(tmp_path / "source.zip")
     Bad.plan, wanted = {"/a": (answer(content), False)}, archive(content, f"{server}/a")
+    first = program(download_and_die, wanted, tmp_path)
+    first.join(30)
+    assert first.exitcode == -signal.SIGKILL and not (tmp_path / "images" / "b.jpg").exists()
+    assert [path.stat().st_size for path in (tmp_path / "images").glob(".b.jpg.*")] == [25_000]
     download([wanted], tmp_path, quiet=True)
-    (tmp_path / "images" / "b.jpg").write_bytes(b"half")
-    (tmp_path / "images" / ".a.jpg.123-4.part").write_bytes(b"of a writer that was killed")
+    (tmp_path / "images" / "b.jpg").write_bytes(b"half")  # as another program leaves it
     download([wanted], tmp_path, quiet=True)
-    assert (tmp_path / "images" / "b.jpg").stat().st_size == 50_000 and Bad.asked == ["/a"]
+    assert [(tmp_path / "images" / f"{name}.jpg").read_bytes() for name in "ab"] == [b"a" * 50_000, b"b" * 50_000]
+    assert Bad.asked == ["/a"]
 
 
 @pytest.mark.fault("two programs fetch into one folder")
 def test_two_at_once_fetch_once_and_both_end_well(server, tmp_path):
     content = zipped(tmp_path / "source.zip")
-    Bad.plan, wanted, ended = {"/a": (answer(content), False)}, archive(content, f"{server}/a"), []
-    both = [Thread(target=lambda: ended.append(download([wanted], tmp_path / "sets", quiet=True))) for _ in range(2)]
-    for thread in both:
-        thread.start()
-    for thread in both:
-        thread.join(30)
-    assert ended == [tmp_path / "sets"] * 2 and Bad.asked == ["/a"]
-    assert {path.name for path in (tmp_path / "sets").iterdir()} == {"images", "set.zip"}
+    Bad.plan, wanted = {"/a": (answer(content), False)}, archive(content, f"{server}/a")
+    both = [program(download, [wanted], tmp_path / "sets", True) for _ in range(2)]
+    for one in both:
+        one.join(30)
+    assert [one.exitcode for one in both] == [0, 0] and Bad.asked == ["/a"]
+    assert snapshot(tmp_path / "sets") == {
+        "set.zip": content, "images/a.jpg": b"a" * 50_000, "images/b.jpg": b"b" * 50_000}
 
 
 @pytest.mark.fault("download_coco('~/x')")
-def test_the_home_folder_is_meant_by_its_sign_and_odd_arguments_are_refused(tmp_path, monkeypatch):
+def test_the_home_folder_is_meant_by_its_sign_and_odd_arguments_are_refused(server, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert download([], "~/x") == tmp_path / "x"
+    monkeypatch.chdir(tmp_path)
+    content = zipped(tmp_path / "source.zip")
+    Bad.plan = {"/a": (answer(content), False)}
+    monkeypatch.setitem(downloads.COCO_2017, "val", archive(content, f"{server}/a"))
+    assert download_coco("~/x", ["val"], quiet=True) == tmp_path / "x" and not Path("~").exists()
+    assert (tmp_path / "x" / "images" / "a.jpg").stat().st_size == 50_000
     for parts in ("val", []):
         with pytest.raises(ValueError, match=r"parts: is .*: give a list"):
             download_coco(tmp_path, parts)

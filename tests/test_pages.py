@@ -129,10 +129,18 @@ def test_a_page_has_no_serious_violation_of_accessibility(page):
     colours = page.name in CONTRAST
     asked = AXE.replace("RULES", "{}" if colours else "{ 'color-contrast': { enabled: false } }")
     violations = {}
+
+    def judged() -> list:
+        return [one for one in page.evaluate(asked) if one[0] != GENERATED.get(page.name)]
+
     for dark in (False, True) if colours else (False,):  # no other rule looks at colours
         show(page, "wide", dark)
         page.wait(REACHABLE)  # the theme looks again at what scrolls, a moment after the window has changed
-        if found := [one for one in page.evaluate(asked) if one[0] != GENERATED.get(page.name)]:
+        found = judged()
+        if found:
+            page.rest(1)  # on a busy machine that moment may fall between the look and the judgement
+            found = judged()
+        if found:
             violations["dark" if dark else "light"] = found
     assert violations == {}
 

@@ -2,12 +2,14 @@
 
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from inputs import CASES, fault
+from PIL import EpsImagePlugin, Image
 from torch.testing import assert_close
 
 import detr_nb.checks
@@ -23,11 +25,11 @@ from detr_nb.checks import (
     picture_size,
     read_image,
 )
+from detr_nb.cli import main
 from detr_nb.data import Preprocess, fitted_size
 from detr_nb.formats import YoloDataset
 from detr_nb.loading import MemoryDataset
 
-CASES = Path(__file__).parent / "data" / "cases"
 RAMP = np.linspace(0, 255, 48, dtype=np.uint8).reshape(6, 8)
 
 
@@ -115,38 +117,80 @@ def test_a_pipe_in_a_data_set_is_named_or_left_out(tmp_path):
 # which formats
 
 
+def checked_folder(folder: Path, capsys: pytest.CaptureFixture) -> str:
+    """What `detr-nb check-data` says of the pictures in folder/images, which have no objects."""
+    (folder / "labels").mkdir()
+    (folder / "data.yaml").write_text("names: [cell]")
+    places = [word for part in ("train", "val") for word in (f"--data.{part}", str(folder / "images"))]
+    capsys.readouterr()
+    assert main(["check-data", "--data", "YoloData", *places, "--data.names", str(folder / "data.yaml")]) == 1
+    said = capsys.readouterr()
+    assert said.err == ""
+    return said.out
+
+
 @pytest.mark.fault("the same picture in a data set, check-data")
-def test_no_program_is_started_for_a_picture(tmp_path, monkeypatch):
+def test_no_program_is_started_for_a_picture(tmp_path, monkeypatch, capsys):
     ran = tmp_path / "ran"
     for name in ("gs", "gswin64c"):
         (tmp_path / name).write_text(f"#!/bin/sh\ntouch {ran}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    picture = tmp_path / "a.jpg"
+    (tmp_path / "images").mkdir()
+    picture = tmp_path / "images" / "a.jpg"
     picture.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow has not looked for it yet
+    with suppress(Exception), Image.open(picture) as opened:
+        opened.load()
+    assert ran.exists(), "without our list of formats a program would run"
+    ran.unlink()
     for read in (read_image, picture_size):
         with pytest.raises(DataError, match=r"a\.jpg: picture is none of JPEG, PNG.*save it as JPEG or PNG"):
             read(picture)
+    said = checked_folder(tmp_path, capsys)
+    assert said.count("a.jpg: picture is none of JPEG, PNG") == 2, said
     assert not ran.exists() and "EPS" not in FORMATS
 
 
+PLAIN, GREY, RED, BLACK = (104, 105, 89), (103, 103, 103), (200, 30, 30), (0, 0, 0)
+ODD = {  # how each looks: its mean colour
+    "plain.png": PLAIN, "cmyk.jpg": PLAIN, "cmyk.tif": PLAIN, "lab.tif": PLAIN, "ycc.tif": PLAIN, "pages.tif": PLAIN,
+    "moving.gif": PLAIN, "moving.webp": PLAIN, "two.mpo": PLAIN, "palette.png": PLAIN,
+    "palette_transparent.png": PLAIN, "palette_transparent_bytes.png": PLAIN,  # transparency is dropped
+    "grey_alpha.png": GREY, "onebit.png": GREY, "logo_black_on_transparent.png": BLACK,
+    "dot.png": RED, "flat_3000x1.png": RED, "thin_1x3000.png": RED, "pano_20x8000.png": RED,
+}  # fmt: skip
+with Image.open(CASES / "18_odd_pictures" / "plain.png") as opened:
+    PLAIN_PICTURE = np.asarray(opened)
+    assert np.abs(PLAIN_PICTURE[::-1] - PLAIN_PICTURE.astype(float)).mean() > 24
+    assert np.abs(PLAIN_PICTURE[:, ::-1] - PLAIN_PICTURE.astype(float)).mean() > 24
+
+
 @pytest.mark.fault("18_odd_pictures")
-@pytest.mark.parametrize("path", sorted((CASES / "18_odd_pictures").iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize("name", ODD)
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")  # Pillow's
-def test_odd_pictures_are_read_and_looked_at(path):
+def test_odd_pictures_are_read_and_looked_at(name):
+    path = CASES / "18_odd_pictures" / name
     image = read_image(path)
-    assert image.shape[1:] == picture_size(path)
+    assert_close(image.float().mean((1, 2)), torch.tensor(ODD[name]).float(), atol=12, rtol=0)
+    assert image.dtype == torch.uint8 and image.shape[1:] == picture_size(path)
+    if ODD[name] is PLAIN:  # and not its mirror image, its negative or its second page
+        assert np.abs(image.permute(1, 2, 0).numpy() - PLAIN_PICTURE.astype(float)).mean() < 12
     frame = Preprocess()(image[:, :400, :400])
     assert min(frame.shape) >= 1
     assert min(fitted_size(picture_size(path), 800, 1333)) >= 1
 
 
+def test_all_odd_pictures_are_in_the_table():
+    assert set(ODD) == {path.name for path in (CASES / "18_odd_pictures").iterdir()}
+
+
 @pytest.mark.parametrize(
     "size",
     [
-        pytest.param((1, 2000), marks=pytest.mark.fault("COCO: one picture 2000 x 1")),
-        pytest.param((1, 3000), marks=pytest.mark.fault("22_thin_in_training")),
-        pytest.param((3000, 1), marks=pytest.mark.fault("the same with workers")),
+        fault("COCO: one picture 2000 x 1", (1, 2000)),
+        fault("22_thin_in_training", (1, 3000)),
+        (3000, 1),
         (8000, 20),
     ],
 )
@@ -165,8 +209,9 @@ def test_a_thin_picture_is_not_stretched_into_gigabytes():
 
 @pytest.mark.fault("13000 x 11000 picture in a data set")
 @pytest.mark.parametrize("size", [(13000, 11000), (20000, 10000), (60000, 60000)])
-def test_scans_beyond_the_limit_are_refused_with_the_right_remedy(tmp_path, size):
-    small = tmp_path / "a.bmp"  # its head tells the size, and the rest is never read
+def test_scans_beyond_the_limit_are_refused_with_the_right_remedy(tmp_path, size, capsys):
+    (tmp_path / "images").mkdir()
+    small = tmp_path / "images" / "a.bmp"  # its head tells the size, and the rest is never read
     Image.new("L", (1, 1)).save(small)
     content = bytearray(small.read_bytes())
     content[18:26] = np.array(size, "<i4").tobytes()
@@ -177,6 +222,10 @@ def test_scans_beyond_the_limit_are_refused_with_the_right_remedy(tmp_path, size
             with pytest.raises(DataError, match=r"a\.bmp: picture is .*make it smaller") as found:
                 read(small)
         assert "restore" not in str(found.value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        said = checked_folder(tmp_path, capsys)
+    assert said.count("a.bmp: picture is ") == said.count("make it smaller") == 2 and "restore" not in said
 
 
 # how deep
@@ -199,13 +248,9 @@ def test_deep_pictures_are_scaled_and_it_is_said():
         (RAMP.astype(np.uint16) * 16, RAMP, "12 bits"),
         (RAMP.astype(np.uint16) * 4, RAMP, "10 bits"),
         (RAMP.astype(np.uint16), RAMP, "8 bits"),
-        pytest.param(
-            RAMP.astype(np.int32), RAMP, "8 bits", marks=pytest.mark.fault("TIFF of 32-bit integers 0..255")
-        ),
+        fault("TIFF of 32-bit integers 0..255", RAMP.astype(np.int32), RAMP, "8 bits"),
         (RAMP.astype(np.int32) * 257, RAMP, None),
-        pytest.param(
-            (RAMP / 255).astype(np.float32), RAMP, "full brightness", marks=pytest.mark.fault("TIFF of floats 0..1")
-        ),
+        fault("TIFF of floats 0..1", (RAMP / 255).astype(np.float32), RAMP, "full brightness"),
         (RAMP.astype(np.float32) * 257, RAMP, "16 bits"),
         (np.zeros((6, 8), np.uint16), np.zeros((6, 8), np.uint8), None),
     ],
@@ -251,13 +296,17 @@ def scene() -> torch.Tensor:
 
 
 @pytest.mark.fault("numpy array, PIL image, None")
+@pytest.mark.fault("one or four colours, y x 3, (3,0,0)")
 def test_a_picture_comes_in_any_form(model, tmp_path):
     image = scene()
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     picture.save(tmp_path / "a.png")
     expected = predict_image(model, image)
     assert len(expected["names"]) == 1
-    for form in (tmp_path / "a.png", str(tmp_path / "a.png"), picture, np.asarray(picture), picture.convert("RGBA")):
+    four = torch.cat([image, torch.full_like(image[:1], 255)])
+    files = (tmp_path / "a.png", str(tmp_path / "a.png"))
+    forms = (picture, np.asarray(picture), picture.convert("RGBA"), four, four.permute(1, 2, 0).numpy())
+    for form in (*files, *forms):
         found = predict_image(model, form)
         assert found["names"] == expected["names"]
         assert_close(found["boxes"], expected["boxes"])
@@ -265,27 +314,32 @@ def test_a_picture_comes_in_any_form(model, tmp_path):
         as_picture(None)
 
 
+FOUR = "one or four colours, y x 3, (3,0,0)"
 BAD = {
     "float": (lambda x: x / 255, "0 to 1", "float picture in [0, 1]"),
     "double NaN": (lambda x: x.double() * np.nan, "uint8", "0 x 64, 1 x 1 pixels, no image, double, half"),
     "bool": (lambda x: x > 100, "uint8", "bool picture; threshold 50, nan"),
     "int": (lambda x: x.long(), "uint8", None),
-    "one colour": (lambda x: x[:1], "three colours belong on axis 0", "one or four colours, y x 3, (3,0,0)"),
-    "colours last": (lambda x: x.permute(1, 2, 0), r"permute\(2, 0, 1\)", None),
+    "one colour": (lambda x: x[:1], "three colours belong on axis 0", FOUR),
+    "colours last": (lambda x: x.permute(1, 2, 0), r"permute\(2, 0, 1\)", FOUR),
     "a batch": (lambda x: x[None], r"image\[0\]", None),
-    "no pixel": (lambda x: x[:, :0], "at least one pixel", None),
+    "no pixel": (lambda x: x[:, :0, :0], "at least one pixel", FOUR),
     "grey": (lambda x: x[0], "three colours", None),
 }
+LAST = ("one colour", "colours last", "grey")  # an array has its colours last: these are none, or right
 
 
-@pytest.mark.parametrize("name", BAD)
-@pytest.mark.parametrize("array", [False, True])
-def test_what_is_not_one_picture_of_bytes_is_refused(model, name, array, request):
-    change, words, row = BAD[name]
-    if row:
-        request.node.add_marker(pytest.mark.fault(row))
-    if array and name in ("one colour", "colours last", "grey"):
-        pytest.skip("an array has its colours last")
+def bad_pictures() -> list:
+    """Each of `BAD` as a tensor and as an array."""
+    return [
+        pytest.param(change, words, array, marks=[pytest.mark.fault(mark)] if mark else [],
+                     id=f"{name} as {'an array' if array else 'a tensor'}")
+        for name, (change, words, mark) in BAD.items() for array in (False, True) if not (array and name in LAST)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "words", "array"), bad_pictures())
+def test_what_is_not_one_picture_of_bytes_is_refused(model, change, words, array):
     given = change(scene())
     before = given.clone()
     with pytest.raises(ValueError, match=f"^image is .*{words}"):
@@ -296,7 +350,10 @@ def test_what_is_not_one_picture_of_bytes_is_refused(model, name, array, request
 def test_an_array_with_its_colours_first_is_refused(model):
     with pytest.raises(ValueError, match=r"transpose\(1, 2, 0\)"):
         predict_image(model, scene().numpy())
-    assert len(predict_image(model, scene()[0].numpy())["names"]) >= 0  # grey
+    grey = scene()[1].numpy()
+    expected = predict_image(model, torch.from_numpy(grey).expand(3, -1, -1))
+    assert_close(predict_image(model, grey)["boxes"], expected["boxes"])
+    assert len(expected["names"]) == 1
 
 
 @pytest.mark.parametrize("threshold", [50, -1, float("nan")])

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from inputs import fault
 from jaxtyping import config as type_checks
 from torch import nn
 from torchvision.transforms import v2
@@ -60,11 +61,6 @@ def without_type_checker():
     type_checks.update("jaxtyping_disable", False)
 
 
-def fault(name: str, *values: object) -> object:
-    """A row of a table of bad inputs, under the name that it has there."""
-    return pytest.param(*values, marks=pytest.mark.fault(name), id=name)
-
-
 # --- flags --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("flags", "complaint"), [
@@ -76,6 +72,7 @@ def fault(name: str, *values: object) -> object:
     fault("--batch_size -1", ["--batch_size", "-1"], "batch_size is -1: it must be"),
     fault("--log_every 0", ["--log_every", "0"], "log_every is 0: it must be"),
     fault("--accumulate 0 / -1", ["--accumulate", "0"], "accumulate is 0: it must be"),
+    fault("--accumulate 0 / -1", ["--accumulate", "-1"], "accumulate is -1: it must be"),
     fault("--lr_muon -0.01", ["--lr_muon", "-0.01"], "lr_muon is -0.01: it must be"),
     fault("--lr_backbone -0.01", ["--lr_backbone", "-0.01"], "lr_backbone is -0.01: it must be"),
     fault("--clip -1", ["--clip", "-1"], "clip is -1: it must be a number above 0"),
@@ -90,12 +87,16 @@ def fault(name: str, *values: object) -> object:
     fault("--cost_bbox -5", ["--cost_bbox", "-5"], "cost_bbox is -5: it must be"),
     fault("--no_object_weight -1", ["--no_object_weight", "-1"], "no_object_weight is -1: it must be"),
     fault("--ema 1", ["--ema", "1"], "ema is 1: it must be a number of at least 0 and below 1"),
-    fault("--scales [[0.7, 0]], -1, 0.001", ["--scales", "[[0.7, 0.001]]"], "scales[0][1] is 0.001: it must be"),
+    *[fault("--scales [[0.7, 0]], -1, 0.001", ["--scales", f"[[0.7, {share}]]"], f"scales[0][1] is {share}: it must be")
+      for share in ("0", "-1", "0.001")],
     fault("--seed -1", ["--seed", "-1"], "seed is -1: it must be"),
     fault("--seed 10^30", ["--seed", str(10**30)], f"seed is {10**30}: it must be"),
+    fault("--model.enc_layers -1, dim_feedforward 0", ["--model.enc_layers", "-1"], "model.enc_layers is -1"),
     fault("--model.enc_layers -1, dim_feedforward 0", ["--model.dim_feedforward", "0"], "model.dim_feedforward is 0"),
-    fault("--model.num_queries 0", ["--model.num_queries", "0"], "model.num_queries is 0"),
-    fault("--model.dec_layers 0, -1", ["--model.dec_layers", "0"], "model.dec_layers is 0"),
+    *[fault("--model.num_queries 0", ["--model", kind, "--model.num_queries", "0"], "model.num_queries is 0")
+      for kind in ("TinyModel", "FineTuned")],
+    *[fault("--model.dec_layers 0, -1", ["--model.dec_layers", count], f"model.dec_layers is {count}")
+      for count in ("0", "-1")],
     fault("--model.temperature 0", ["--model.temperature", "0"], "model.temperature is 0"),
     fault("--epochs 1 --minutes 0.02 --steps 3", ["--epochs", "1", "--minutes", "0.02", "--steps", "3"],
           "--epochs is given beside --steps: give one of the two"),
@@ -121,6 +122,7 @@ def test_a_flag_is_refused_by_name(flags, complaint, capsys):
 
 
 @pytest.mark.parametrize(("flags", "complaint"), [
+    fault("--data.sizes.crop [5]", ["--data.sizes.crop", "[5]"], "data.sizes.crop[0] is 5: it must be"),
     fault("--data.sizes.crop [5]", ["--data.sizes.crop", "[50]"], "data.sizes.crop is [50]: it must be [], or"),
     fault("--data.sizes.crop [0, 0]", ["--data.sizes.crop", "[0, 0]"], "data.sizes.crop[0] is 0: it must be"),
     *[fault("short_sides [], [0]; crop [60, 30]; before_crop []; longest 0; workers -1", *row) for row in (
@@ -306,8 +308,10 @@ def test_a_description_costs_nothing_before_it_is_refused():
     *[fault("Preprocess(short_side NaN, 1.5, '800', size 64, longest 1)", *row) for row in (
         (lambda: Preprocess(NAN), "short_side is nan"), (lambda: Preprocess(1.5), "short_side is 1.5"),
         (lambda: Preprocess("800"), "short_side is '800'"),
-        (lambda: Preprocess(size=64), "size is 64: it must be a list"))],
-    (lambda: Preprocess(size=(40000, 40000)), "size[0] is 40000: it must be a whole number of at least 1"),
+        (lambda: Preprocess(size=64), "size is 64: it must be a list"),
+        (lambda: Preprocess(longest=1), "longest is 1: it must be a whole number of at least 2"),
+        (lambda: Preprocess(1), "short_side is 1: it must be"), (lambda: Preprocess(size=(2, 1)), "size[1] is 1: it"))],
+    (lambda: Preprocess(size=(40000, 40000)), "size[0] is 40000: it must be a whole number of at least 2"),
     (lambda: Preprocess(mean=("a", "b", "c")), "mean[0] is 'a': it must be a number"),
     (lambda: Preprocess(size=(1.5, 64)), "size[0] is 1.5"), (lambda: Preprocess(std=(1, 1)), "std is (1, 1)"),
     (lambda: ShapesData(replace(EASY, size=8192), 10**6), "train_images is 1000000: with val_images=500 and"),
@@ -331,6 +335,12 @@ def test_python_is_told_which_value_is_wrong(make, complaint):
     with pytest.raises(ValueError) as caught:
         make()
     assert str(caught.value).startswith(complaint), str(caught.value)
+
+
+def test_the_smallest_frame_can_be_made_of_every_picture():
+    for shape in ((48, 64), (1, 1), (3, 1), (1, 3000)):
+        for preprocess in (Preprocess(longest=2), Preprocess(2), Preprocess(size=(2, 2))):
+            assert min(preprocess(torch.zeros(3, *shape, dtype=torch.uint8)).shape) >= 1
 
 
 @pytest.mark.fault("all parts frozen")
@@ -448,20 +458,30 @@ def memory(names=("a", "b", "c"), ids=None) -> MemoryDataset:
 
 
 @pytest.mark.fault("replace_head True, '3', DETRDemo")
-@pytest.mark.parametrize("change", [
-    lambda model: replace_head(model, True), lambda model: replace_head(model, "3"),
-    lambda model: replace_head(model, 0), lambda model: replace_head(model, 3, {0: 99}),
-    lambda model: replace_head(model, 3, {5: 0}), lambda model: resize_queries(model, 0),
-    lambda model: resize_queries(model, 2.5), lambda model: resize_queries(model, 4, ["a"]),
-    lambda model: resize_queries(model, 4, [0, 0]), lambda model: freeze(model, "memory", "no such part"),
-    lambda model: rate_groups(model, {"": 1e-4, "memory": -1}), lambda model: rate_groups(model, {"": NAN}),
-    lambda model: rate_groups(model, {"memory": 0}), lambda model: rate_groups(model, {"": "fast"}),
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda model: replace_head(model, True), "replace_head.num_classes is True: it must be a whole number"),
+    (lambda model: replace_head(model, "3"), "replace_head.num_classes is '3': it must be"),
+    (lambda model: replace_head(model, 0), "replace_head.num_classes is 0: it must be"),
+    (lambda model: replace_head(model, 3, {0: 99}), "old classes in keep must be from 0 to 5, got [99]"),
+    (lambda model: replace_head(model, 3, {5: 0}),
+     "new classes in keep must be different numbers from 0 to 2, got [5]"),
+    (lambda model: resize_queries(model, 0), "resize_queries.n is 0: it must be"),
+    (lambda model: resize_queries(model, 2.5), "resize_queries.n is 2.5: it must be"),
+    (lambda model: resize_queries(model, 4, ["a"]), "old queries in keep[0] is 'a': it must be"),
+    (lambda model: resize_queries(model, 4, [0, 0]),
+     "old queries in keep must be different numbers from 0 to 15, got [0, 0]"),
+    (lambda model: freeze(model, "memory", "no such part"), "no parameter lies in 'no such part'"),
+    (lambda model: rate_groups(model, {"": 1e-4, "memory": -1}), "the rate of 'memory' is -1: it must be"),
+    (lambda model: rate_groups(model, {"": NAN}), "the rate of '' is nan: it must be"),
+    (lambda model: rate_groups(model, {"memory": 0}), "no rate for encoder."),
+    (lambda model: rate_groups(model, {"": "fast"}), "the rate of '' is 'fast': it must be"),
 ])
-def test_a_model_stays_as_it_was_if_it_cannot_be_changed(change):
+def test_a_model_stays_as_it_was_if_it_cannot_be_changed(change, words):
     model = detr_tiny()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError) as caught:
         change(model)
+    assert str(caught.value).startswith(words)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters()) and model.num_classes == 6
 
@@ -503,17 +523,21 @@ def test_a_cache_that_is_broken_or_of_another_is_drawn_again(damage, tmp_path):
     assert torch.equal(again, kept) and len(truth) == len(targets) == 6
 
 
-@pytest.mark.parametrize(("model", "place", "kind"), [
-    fault("export_onnx into a missing folder, onto a folder", detr_tiny, "no/such/a.onnx", FileNotFoundError),
-    fault("export_onnx into a missing folder, onto a folder", detr_tiny, ".", IsADirectoryError),
-    fault("export_onnx of a Linear, None", lambda: nn.Linear(3, 3), "a.onnx", ValueError),
-    fault("export_onnx of a Linear, None", lambda: None, "a.onnx", ValueError),
+@pytest.mark.parametrize(("model", "place", "kind", "words"), [
+    fault("export_onnx into a missing folder, onto a folder", detr_tiny, "no/such/a.onnx", FileNotFoundError,
+          "no/such/a.onnx lies in no folder: make no/such first"),
+    fault("export_onnx into a missing folder, onto a folder", detr_tiny, ".", IsADirectoryError,
+          ". is a folder: name a file in it"),
+    fault("export_onnx of a Linear, None", lambda: nn.Linear(3, 3), "a.onnx", ValueError,
+          "Linear takes (input): give a detector"),
+    fault("export_onnx of a Linear, None", lambda: None, "a.onnx", ValueError, "NoneType is no model: give a detector"),
 ])
-def test_what_cannot_be_exported_is_said_before_the_minutes_that_it_takes(model, place, kind, tmp_path, monkeypatch):
+def test_what_cannot_be_exported_is_said_before_the_minutes_of_it(model, place, kind, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("detr_nb.export.export_program", lambda *_: pytest.fail("it began"))
-    with pytest.raises(kind):
+    with pytest.raises(kind) as caught:
         export_onnx(model(), place)
+    assert str(caught.value).startswith(words)
 
 
 @pytest.mark.fault("Matching label 9, Layers(), Gaze(), Film(), Attention query 99 / heads 3, TwoBoxes of two numbers")
@@ -529,10 +553,10 @@ def test_a_figure_says_what_does_not_fit_when_it_is_made(make, complaint):
 
 
 @pytest.mark.fault("diagnose(None / 'runs/x')")
-def test_only_a_run_is_diagnosed():
-    for wrong in (None, "runs/x"):
-        with pytest.raises(ValueError, match="diagnose"):
-            diagnose(wrong)
+@pytest.mark.parametrize(("wrong", "kind"), [(None, "NoneType"), ("runs/x", "str")])
+def test_only_a_run_is_diagnosed(wrong, kind):
+    with pytest.raises(ValueError, match=rf"^diagnose\(run\) is given {kind}: give what fit returns"):
+        diagnose(wrong)
 
 
 # --- figures of detections ----------------------------------------------------------------------------------------
@@ -583,10 +607,18 @@ def test_a_table_of_classes_is_refused(names, ids):
 ], ids=["pr_curve", "confusion_matrix", "error_breakdown"])
 @pytest.mark.fault(ERRORS)
 def test_errors_are_not_counted_in_what_is_no_detection(judge):
-    for targets, rows in (([truth()], [found(scores=torch.tensor([NAN, 1]))]), ([truth(), truth()], [found()]),
-                          ([truth()], []), ([], []), *[([target], [row]) for target, row in BAD_COLUMNS]):
-        with pytest.raises(ValueError):
+    wrong = {
+        "detections of image 0 are not finite": ([truth()], [found(scores=torch.tensor([NAN, 1]))]),
+        "2 targets and 1 detections: give one of each": ([truth(), truth()], [found()]),
+        "1 targets and 0 detections: give one of each": ([truth()], []),
+        "targets are an empty list": ([], []),
+    }
+    for words, (targets, rows) in wrong.items():
+        with pytest.raises(ValueError, match=f"^{words}"):
             judge(targets, rows)
+    for target, row in BAD_COLUMNS:
+        with pytest.raises(ValueError, match=r"^image 0: (target|detection) \w+ are .*: give tensors"):
+            judge([target], [row])
 
 
 @pytest.mark.fault(ERRORS)

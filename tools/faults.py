@@ -3,6 +3,7 @@
     python tools/faults.py              run every test that is marked with a bad input, and count
     python tools/faults.py --missing    name the inputs that no test feeds, too
 
+The exit code is 1 if an input is handled wrongly, or has no test, or is not in the list.
 tests/data/faults.json lists the inputs that were once tried on the whole product, with what a user expects; the
 folders of tests/data/cases are inputs, too. A test says by `@pytest.mark.fault("...")` which of them it feeds.
 """
@@ -30,12 +31,17 @@ def outcomes() -> dict[str, set[str]]:
         return found
 
 
+def known_inputs() -> dict[str, dict[str, str]]:
+    """Every input of the list, by its name."""
+    rows = json.loads((ROOT / "tests" / "data" / "faults.json").read_text("utf8"))
+    return {row["input"]: row for row in rows}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--missing", action="store_true", help="name the inputs without a test")
     args = parser.parse_args()
-    known = {row["input"]: row for row in json.loads((ROOT / "tests" / "data" / "faults.json").read_text("utf8"))}
-    found = outcomes()
+    known, found = known_inputs(), outcomes()
     counts: dict[str, Counter] = {row["table"]: Counter() for row in known.values()}
     for name, row in known.items():
         ended = found.get(name, set())
@@ -46,9 +52,10 @@ def main() -> int:
     for table, count in counts.items():
         print(f"{table}: " + ", ".join(f"{number} {state}" for state, number in count.most_common()))
     print(f"in all {sum(count['right'] for count in counts.values())} of {len(known)} inputs behave")
-    for name in sorted(found.keys() - known.keys()):
+    unlisted = sorted(found.keys() - known.keys())
+    for name in unlisted:
         print(f"not in the list: {name}")
-    return 0
+    return int(bool(unlisted) or any(count["wrong"] or count["no test"] for count in counts.values()))
 
 
 if __name__ == "__main__":

@@ -62,17 +62,25 @@ class ReferenceQueries(nn.Module):
         numbers: of a reference: 2 for a point, 4 for a box.
         patterns: contents that each place is asked with; 0 asks once, with zeros.
             Queries are ordered pattern by pattern.
+        fixed: so many numbers of each reference, the first, are drawn once, evenly, and
+            never learned.
     """
 
-    def __init__(self, count: int, d: int, numbers: int = 4, patterns: int = 0):
+    def __init__(
+        self, count: int, d: int, numbers: int = 4, patterns: int = 0, fixed: int = 0
+    ):
         super().__init__()
-        self.d = d
+        self.d, self.fixed = d, fixed
         self.references = nn.Embedding(count, numbers)
+        drawn = inverse_sigmoid(torch.rand(count, fixed), 1e-3)
+        self.references.weight.data[:, :fixed] = drawn
         self.patterns = nn.Embedding(patterns, d) if patterns else None
 
     def places(self) -> Float[Tensor, "n r"]:
         """The references as shares of the image; the table holds their logits."""
-        return self.references.weight.sigmoid()
+        table = self.references.weight
+        fixed = table[:, : self.fixed].detach()
+        return torch.cat((fixed, table[:, self.fixed :]), -1).sigmoid()
 
     def forward(
         self, memory: Memory, targets: Sequence[Target] | None = None
@@ -101,7 +109,7 @@ class ReferenceQueries(nn.Module):
         """Change the number of places, in place; those that are not kept are drawn as
         in a new model."""
         old = self.references.weight
-        new = type(self)(count, self.d, old.shape[1]).to(old).references
+        new = type(self)(count, self.d, old.shape[1], 0, self.fixed).to(old).references
         new.weight[: len(keep)] = old[list(keep)]
         self.references = new
 
