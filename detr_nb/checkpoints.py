@@ -445,15 +445,17 @@ def rename(name: str, rules: Rules) -> str:
 
 # %% ../nbs/88_checkpoints.ipynb #8d8fe83b
 def split_stacked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Cut every stacked query, key and value map of `nn.MultiheadAttention` into its
-    three parts."""
+    """Cut every stacked map of attention into its parts: q, k and v, or those that a
+    rule has written behind the name."""
     parts = {}
     for name, value in state.items():
-        stem, stacked, kind = name.rpartition("in_proj_")
+        stem, stacked, rest = name.rpartition("in_proj_")
         if stacked:
+            kind, *names = rest.split()
+            names = names or "qkv"
             parts |= {
-                f"{stem}{part}.{kind}": third
-                for part, third in zip("qkv", value.chunk(3), strict=True)
+                f"{stem}{part}.{kind}": piece
+                for part, piece in zip(names, value.chunk(len(names)), strict=True)
             }
         else:
             parts[name] = value

@@ -328,7 +328,6 @@ def recipe_evidence(run: Run, train: Dataset, val: Dataset) -> dict[str, Number]
         "images": len(train),
         "batch": config.batch_size,
         "steps": run.step,
-        "no_object_weight": config.no_object_weight,
         "warmup": config.warmup,
         "clip": config.clip,
         "AP": run.metrics.get("AP", 0.0),
@@ -364,6 +363,8 @@ def collect_evidence(
     criterion = build_criterion(config, model)
     return {
         **recipe_evidence(run, train, val),
+        # sigmoid scores have no no-object
+        "no_object_weight": getattr(criterion.classes, "no_object_weight", 0.0),
         **log_evidence(run.history),
         **mode_evidence(model, batch, criterion),
         **weight_evidence(model, fresh_model(config, len(train.names))),
@@ -393,7 +394,7 @@ def combined(seen: Evidence) -> dict[str, Number]:
     used = seen["loss_as_used"]
     return {
         **seen,
-        "idle": idle / (idle + seen["objects"]),
+        "idle": idle / max(idle + seen["objects"], 1e-9),
         "times": seen["steps"] * seen["batch"] / seen["images"],
         "gap": abs(seen["loss_as_trained"] - used) / used,
         "lost": max(seen["lost_shares"], seen["lost_pixels"]),

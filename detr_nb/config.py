@@ -291,6 +291,7 @@ HOMES = {
     **dict.fromkeys(("CocoData", "VocData", "YoloData"), "detr_nb.formats"),
     "ShapesData": "detr_nb.loading",
     "FineTuned": "detr_nb.finetuning",
+    "TimmConfig": "detr_nb.finetuning",
     "FocalDETR": "detr_nb.family.focal",
 }
 

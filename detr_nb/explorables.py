@@ -33,6 +33,7 @@ from .attention import attention_weights
 from .config import SHORT
 from .evaluation import evaluation_mode
 from .insight import attention_maps, matched_queries
+from .losses import criterion_for
 from .notation import Target, forward_names, toy_image
 from .plots import axes_grid, heatmap, show_boxes, show_image, styled
 from .positions import SinePositions
@@ -597,6 +598,7 @@ def record_training(
         target: the truth, to which the queries are matched.
     """
     images, frames = model.preprocess(image)[None].to(next(model.parameters())), []
+    matcher = criterion_for(model).matcher
     for step, weights in film.items():
         model.load_state_dict(weights)
         with evaluation_mode(model):
@@ -608,7 +610,7 @@ def record_training(
                 "boxes": rounded(out.boxes[-1, 0], 3),
                 "scores": rounded(scores, 3),
                 "labels": labels.tolist(),
-                "matched": matched_queries(out, [target])[-1].tolist(),
+                "matched": matched_queries(out, [target], matcher)[-1].tolist(),
             }
         )
     return {

@@ -97,6 +97,7 @@ def export_program(model: nn.Module) -> "torch.export.ExportedProgram":
         type_checks.update("jaxtyping_disable", before)
 
 # %% ../nbs/21_export.ipynb #e86b2d50
+@torch.no_grad()
 def export_onnx(model: nn.Module, path: str | Path) -> Path:
     """Write a detector as ONNX: inputs `images` and `pad`, outputs `logits` and `boxes`
     of the last layer.

@@ -228,7 +228,8 @@ def convert_names(
     own: Mapping[str, Tensor],
     layouts: Sequence[tuple[str, Rules]] = LAYOUTS,
 ) -> dict[str, Tensor]:
-    """Translate a state dict into the names of our models."""
+    """Translate a state dict into the names of our models; what a rule leads to no name
+    at all is left out."""
     if state.keys() == own.keys():
         return dict(state)
     for sign, rules in layouts:
@@ -238,9 +239,9 @@ def convert_names(
                 for name, value in state.items()
                 if name in own or "num_batches_tracked" not in name
             }
-            return split_stacked(
-                {rename(name, rules): value for name, value in kept.items()}
-            )
+            ours = {rename(name, rules): value for name, value in kept.items()}
+            ours.pop("", None)
+            return split_stacked(ours)
     raise ValueError(
         "the checkpoint has the names of no DETR that is known here (the authors',"
         f" Hugging Face's or ours): {format_list(sorted(state), 3)}"

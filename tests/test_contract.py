@@ -4,15 +4,20 @@ What is *not* promised: that padding an image leaves its detections unchanged. A
 border of the picture, so padded batches are compared with the official outputs (test_model.py) instead.
 """
 
+import math
+import pkgutil
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache, partial
+from importlib import import_module
 from unittest.mock import patch
 
 import pytest
 import torch
+from small_runs import frozen_norms
+from test_seams import Pairs
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
@@ -20,11 +25,16 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import detr_nb
 import detr_nb.backbone
-from detr_nb.insight import attention_maps
-from detr_nb.losses import SetCriterion
+import detr_nb.family
+from detr_nb.config import KINDS, complete
+from detr_nb.export import export_program
+from detr_nb.family.focal import FocalDETR
+from detr_nb.insight import attention_maps, capture_attention
+from detr_nb.losses import SetCriterion, criterion_for
 from detr_nb.model import (
     DETR,
     DETRDemo,
+    TinyConfig,
     detr_resnet18,
     detr_resnet50,
     detr_resnet50_dc5,
@@ -33,6 +43,8 @@ from detr_nb.model import (
     detr_tiny,
 )
 from detr_nb.notation import Memory, Output, Target
+from detr_nb.pretrained import pretrained_model
+from detr_nb.training import TrainConfig, fit
 
 CLASSES, QUERIES, LAYERS = 4, 7, 2
 SMALL = {"hidden_dim": 32, "nheads": 4, "enc_layers": 1, "dec_layers": LAYERS}
@@ -269,3 +281,186 @@ def test_attention_maps_come_back_from_the_device_of_the_model(monkeypatch):
         maps = attention_maps(model, torch.zeros(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.bool))
     tensors = (maps.encoder, maps.queries, maps.cross, maps.xy, maps.pad, *maps.out[:3])
     assert {tensor.device.type for tensor in tensors} == {"cpu"}
+
+
+# --- the family: every kind of a detector that some chapter of part III defines ---------------------------------------
+for found in pkgutil.iter_modules(detr_nb.family.__path__):
+    import_module(f"detr_nb.family.{found.name}")
+MEMBERS = {name: kind for name, kind in KINDS.items()
+           if issubclass(kind, FocalDETR) and complete(kind) and name == kind.__name__
+           and kind.__module__.startswith("detr_nb.family.")}
+every_member = pytest.mark.parametrize("name", sorted(MEMBERS))
+SIZES = {"backbone": TinyConfig((16, 16, 16), (4, 8, 8)), "num_queries": QUERIES, "hidden_dim": 32, "nheads": 4,
+         "enc_layers": 1, "dec_layers": LAYERS, "dim_feedforward": 64, "dropout": 0.0, "temperature": 20}
+# Members of which padded cells change something, and why.
+PADDING_SEEN = {"AnchorDETR": "the means of rows and columns, from which attention knows a column, take them in"}
+# Parameters that get no gradient in members whose maps of contents and places are apart, and why; of the others see
+# `NEVER` and `POST_NORM`. A member with reasons of its own is told below, by name.
+APART = {
+    r"\.k(_pos)?\.bias$": "adds the same number to all scores of a query, and softmax does not see it",
+    r"^decoder\.layers\.0\.attention\.[qk]_pos\.": "the content of all queries is equal (zero), so their values are, "
+                                                  "and it does not matter who attends to whom",
+}
+NEVER_THERE = {
+    "AnchorDETR": {
+        r"^memory\.project\.0\.bias$": "a norm of 32 groups follows, here of one channel each, and takes its mean away",
+    },
+}
+
+
+@cache
+def fresh_member(name: str) -> DETR:
+    """A small member in evaluation mode, in which nothing is zero because it started so."""
+    torch.manual_seed(0)
+    return shake(MEMBERS[name](**SIZES).build(CLASSES)).eval()
+
+
+def member(name: str) -> DETR:
+    """The same, to be changed."""
+    return deepcopy(fresh_member(name))
+
+
+def test_the_suite_knows_the_members():
+    assert {"FocalDETR", "ConditionalDETR", "DABDETR", "SMCADETR"} <= set(MEMBERS)
+    assert PADDING_SEEN.keys() | NEVER_THERE.keys() <= set(MEMBERS) | {"AnchorDETR"}
+
+
+@every_member
+def test_shapes_of_a_member(name):
+    model = member(name)
+    out = model(images(3))
+    assert out.logits.shape[:2] == (LAYERS, 3) and out.logits.shape[2] % QUERIES == 0
+    assert out.logits.shape[3] == model.scores.columns(CLASSES) and model.num_classes == CLASSES
+    assert out.boxes.shape == (*out.logits.shape[:3], 4)
+    assert ((out.boxes >= 0) & (out.boxes <= 1)).all() and out.logits.isfinite().all() and not out.extra
+    found = model.postprocess(out, [(64, 96)] * 3)
+    assert all(len(row["scores"]) and row["labels"].max() < CLASSES for row in found)
+
+
+@every_member
+def test_gradients_reach_every_parameter_of_a_member(name):
+    model, targets = frozen_norms(member(name)).double().train(), some_targets()
+    targets = [Target(labels=one["labels"], boxes=one["boxes"].double()) for one in targets]
+    criterion = criterion_for(model)
+    criterion.total(criterion(model(images(dtype=torch.float64), targets=targets), targets)).backward()
+    learning = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    largest = max(p.grad.abs().max() for p in learning.values() if p.grad is not None)
+    none = {key for key, p in learning.items() if p.grad is None or p.grad.abs().max() <= 1e-10 * largest}
+    left = excused(none, NEVER, POST_NORM, APART, NEVER_THERE.get(name, {}))
+    assert not left, sorted(left)
+
+
+@every_member
+def test_padded_cells_change_nothing_in_a_member(name):
+    if name in PADDING_SEEN:
+        pytest.skip(PADDING_SEEN[name])
+    model, pad = member(name).double(), torch.zeros(2, 64, 96, dtype=torch.bool)
+    pad[1, 32:], pad[1, :, 64:] = True, True
+
+    def decode(memory: Memory) -> Output:
+        memory = model.encoder(memory)
+        return model.decoder(model.queries(memory), memory)
+
+    with torch.no_grad():
+        memory = model.memory(images(dtype=torch.float64), pad)
+        noise = torch.randn(memory.x.shape, generator=torch.Generator().manual_seed(3)).double()
+        spoilt = memory._replace(x=torch.where(memory.pad[..., None], 5 * noise, memory.x))
+        torch.testing.assert_close(decode(spoilt)[:3], decode(memory)[:3], **EXACT)
+        spoilt, memory = (one._replace(pad=torch.zeros_like(one.pad)) for one in (spoilt, memory))
+        assert (decode(spoilt).logits - decode(memory).logits).abs().max() > 1e-3
+
+
+@every_member
+def test_permuted_queries_permute_the_output_of_a_member(name):
+    model, order = member(name), torch.randperm(QUERIES, generator=torch.Generator().manual_seed(4))
+    before = detect(model)
+    blocks = before.logits.shape[2] // QUERIES  # patterns: all places with the first, then all with the second
+    model.queries.resize(QUERIES, order.tolist())
+    places = torch.cat([order + QUERIES * block for block in range(blocks)])
+    torch.testing.assert_close(detect(model)[:3], before.queries(places)[:3], **EXACT)
+
+
+@every_member
+def test_a_row_of_a_batch_is_the_image_alone_for_a_member(name):
+    model = member(name)
+    together = detect(model)
+    with torch.no_grad():
+        for row, image in enumerate(images(dtype=torch.float64)):
+            expected = together.apply(lambda part, row=row: part[:, row, None])
+            torch.testing.assert_close(model(image[None])[:3], expected[:3], **EXACT)
+
+
+@every_member
+@pytest.mark.parametrize("targets", [no_targets(), [some_targets()[0], no_targets()[0]]], ids=["none", "mixed"])
+def test_a_member_learns_from_images_without_objects(name, targets):
+    model = member(name).train()
+    criterion = criterion_for(model)
+    total = criterion.total(criterion(model(images(), targets=targets), targets))
+    total.backward()
+    assert total.isfinite() and total > 0
+    learning = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    assert all(p.grad is None or p.grad.isfinite().all() for p in learning.values())
+    # what has no gradient in one process must have none in all of them, or they would wait for each other
+    unused = {key for key, p in learning.items() if p.grad is None}
+    assert not excused(unused, NEVER, POST_NORM, APART, NEVER_THERE.get(name, {}))
+
+
+@every_member
+def test_a_saved_member_gives_the_same_predictions(name, tmp_path):
+    model = member(name)
+    model.names, model.category_ids = list("abcd"), [1, 2, 3, 90]
+    model.save_pretrained(tmp_path)
+    other = pretrained_model(tmp_path)
+    assert other.config == model.config and type(other.config) is MEMBERS[name]
+    assert (other.names, other.category_ids, other.threshold) == (model.names, model.category_ids, model.threshold)
+    assert other.scores == model.scores
+    with torch.no_grad():
+        torch.testing.assert_close(other(images())[:3], model(images())[:3])
+
+
+@every_member
+def test_a_member_takes_a_step_of_fit(name):
+    few = {"steps": 1, "batch_size": 4, "evaluations": 1, "log_every": 1, "scales": (), "progress": False}
+    run = fit(TrainConfig(Pairs(), MEMBERS[name](**SIZES), **few))
+    assert all(math.isfinite(value) for value in run.history[-1].values() if isinstance(value, float))
+    assert 0 <= run.metrics["AP"] <= 1
+
+
+@every_member
+def test_every_attention_of_a_member_can_be_looked_at(name):
+    model = member(name)
+    with torch.no_grad(), capture_attention(model.attentions()) as seen:
+        queries = model(images()).logits.shape[2]
+    assert {role: len(looks) for role, looks in seen.items()} == {"encoder": 1, "queries": LAYERS, "cross": LAYERS}
+    for role, looks in seen.items():
+        for look in looks:
+            weights = look[-1] if isinstance(look, tuple) else look
+            assert weights.isfinite().all() and (weights >= 0).all()
+            assert role == "encoder" or weights.shape[0] == 2 and queries in weights.shape
+            if not isinstance(look, tuple):
+                torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+
+
+@every_member
+def test_a_member_computes_on_the_device_of_its_weights(name, monkeypatch):
+    model = member(name)
+    with imagined_gpu(monkeypatch) as gpu, torch.no_grad():
+        held = (*model.named_parameters(), *model.named_buffers())
+        weights = {place: torch.zeros(value.shape, dtype=value.dtype, device=gpu) for place, value in held}
+        pad = torch.zeros(2, 96, 128, dtype=torch.bool, device=gpu)
+        out = functional_call(model, weights, (torch.zeros(2, 3, 96, 128).to(gpu), pad))
+    assert out.logits.device.type == out.boxes.device.type == "cuda"
+
+
+@every_member
+@pytest.mark.slow
+def test_a_member_is_exported_with_a_free_batch_and_size(name):
+    model = member(name)
+    program = export_program(model).module()
+    for count, height, width in ((1, 64, 64), (3, 96, 160)):
+        pictures = torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(1))
+        pad = torch.zeros(count, height, width, dtype=torch.bool)
+        pad[0, height // 2 :] = True
+        with torch.no_grad():
+            out = model(pictures, pad)
+        torch.testing.assert_close(program(pictures, pad), (out.logits[-1], out.boxes[-1]), rtol=1e-4, atol=1e-4)

@@ -1038,6 +1038,99 @@ class Mirrored(Damaged):
             "the order of the boxes": [("torch.cat((1 - x, rest), 1)", 'target["boxes"].flip(0)')],
         },
     ),
+    ("39", "check_count_slots"): Answers(
+        right="""
+def count_slots(counts, groups):
+    size = max(counts) or 1
+    return size * groups, sum(count * groups for count in counts)
+""",
+        wrong={
+            "objects of all images": [("max([1, *counts])", "sum(counts)")],
+            "no slot without objects": [("max([1, *counts])", "max(counts)")],
+            "one group": [("groups * max([1, *counts])", "max([1, *counts])")],
+            "all slots filled": [("groups * sum(counts)", "groups * max(counts) * len(counts)")],
+            "filled once": [(", groups * sum(counts)", ", sum(counts)")],
+        },
+    ),
+    ("39", "check_contrastive_boxes"): Answers(
+        right="""
+def contrastive_boxes(boxes, sign, u, copy, scale):
+    far = scale * sign * torch.where(copy[:, None] == 1, 1 + u, u)
+    w, h = boxes[:, 2:].unbind(1)
+    left, top, right, bottom = cxcywh_to_xyxy(boxes).unbind(1)
+    moved = (left + far[:, 0] * w / 2, top + far[:, 1] * h / 2, right + far[:, 2] * w / 2, bottom + far[:, 3] * h / 2)
+    return xyxy_to_cxcywh(torch.stack(moved, 1).clamp(0, 1))
+""",
+        wrong={
+            "the whole side": [("boxes[:, 2:] / 2", "boxes[:, 2:]")],
+            "both copies near": [("(u + copy[:, None])", "u")],
+            "the copies exchanged": [("copy[:, None]", "1 - copy[:, None]")],
+            "no clamp": [(".clamp(0, 1)", "")],
+            "centre and size moved": [
+                ("cxcywh_to_xyxy(boxes) + ", "boxes + "),
+                ("xyxy_to_cxcywh(corners.clamp(0, 1))", "corners.clamp(0, 1)"),
+            ],
+            "the sides exchanged": [("boxes[:, 2:] / 2", "boxes[:, [3, 2]] / 2")],
+            "no sign": [("sign * (u", "(u")],
+            "corners returned": [("xyxy_to_cxcywh(corners.clamp(0, 1))", "corners.clamp(0, 1)")],
+        },
+    ),
+    ("39", "check_which_leak"): Answers(
+        right="""
+def which_leak(mask, answering, size):
+    found = set()
+    for row in range(len(mask)):
+        for column in range(len(mask)):
+            sees, noised = bool(mask[row, column] == 0), column >= answering
+            same = row >= answering and (row - answering) // size == (column - answering) // size
+            if noised and row < answering and sees:
+                found.add("answers")
+            elif noised and row >= answering and not same and sees:
+                found.add("groups")
+            elif row >= answering and (same or not noised) and not sees:
+                found.add("blind")
+    return next((name for name in ("answers", "groups", "blind") if name in found), "")
+""",
+        wrong={
+            "never anything": """
+def which_leak(mask, answering, size):
+    return ""
+""",
+            "rows and columns exchanged": [("= group[:, None], group,", "= group, group[:, None],")],
+            "hidden read as seen": [("mask == 0", "mask != 0")],
+            "only those that answer": [('return "groups"', 'return ""')],
+            "own group forgotten": [("((column < 0) | (row == column))", "(column < 0)")],
+            "those that answer forgotten": [("((column < 0) | (row == column))", "(row == column)")],
+            "one slot a group": [("place.div(size", "place.div(1")],
+            "in another order": [('return "answers"', 'return "groups"')],
+        },
+    ),
+    ("39", "check_instability"): Answers(
+        right="""
+def instability(before, after, queries):
+    old, new = (dict(zip(query.tolist(), goal.tolist())) for query, goal in (before, after))
+    return sum(old.get(query, -1) != new.get(query, -1) for query in range(queries))
+""",
+        wrong={
+            "objects counted": """
+def instability(before, after, queries):
+    old, new = (dict(zip(goal.tolist(), query.tolist())) for query, goal in (before, after))
+    return sum(old.get(goal) != new.get(goal) for goal in {*old, *new})
+""",
+            "only those matched both times": """
+def instability(before, after, queries):
+    old, new = (dict(zip(query.tolist(), goal.tolist())) for query, goal in (before, after))
+    return sum(old[query] != new[query] for query in old.keys() & new.keys())
+""",
+            "sets of queries": """
+def instability(before, after, queries):
+    return len(set(before[0].tolist()) ^ set(after[0].tolist()))
+""",
+            "a share": [("int((rows[0] != rows[1]).sum())", "round(float((rows[0] != rows[1]).float().mean()))")],
+            "none is object 0": [("torch.full((queries,), -1)", "torch.full((queries,), 0)")],
+            "how far": [("(rows[0] != rows[1])", "(rows[0] - rows[1]).abs()")],
+        },
+    ),
     ("80", "check_changes"): Answers(
         right="""
 def changes(old, new):
@@ -1527,6 +1620,166 @@ def whole_rows(text):
 
 import json
 """,
+        },
+    ),
+    ("31", "check_share_of_softmax"): Answers(
+        right="""
+def share_of_softmax(score, no_object_weight):
+    odds = no_object_weight * score / (1 - score)
+    return odds / (1 + odds)
+""",
+        wrong={
+            "a score is a share": "def share_of_softmax(score, no_object_weight):\n    return score\n",
+            "the score from the share": """
+def share_of_softmax(score, no_object_weight):
+    return score / (score + no_object_weight * (1 - score))
+""",
+            "the weight alone": "def share_of_softmax(score, no_object_weight):\n    return no_object_weight * score\n",
+            "always a tenth": [("no_object_weight * score", "0.1 * score")],
+            "the share without the object": """
+def share_of_softmax(score, no_object_weight):
+    return (1 - score) / (1 - score + no_object_weight * score)
+""",
+        },
+    ),
+    ("31", "check_real_classes"): Answers(
+        right="""
+def real_classes(logits, names):
+    real = torch.tensor([name != "N/A" for name in names])
+    return logits[..., real], [name for name in names if name != "N/A"]
+""",
+        wrong={
+            "the first eighty": "def real_classes(logits, names):\n    return logits[..., :80], list(names[:80])\n",
+            "without column 0 only": "def real_classes(logits, names):\n    return logits[..., 1:], list(names[1:])\n",
+            "names only": [("logits[..., kept]", "logits[..., : len(kept)]")],
+            "off by one": [("logits[..., kept]", "logits[..., [column - 1 for column in kept]]")],
+            "by the alphabet": [("[names[column] for column in kept]", "sorted(names[column] for column in kept)")],
+            "COCO's whatever the names": [("enumerate(names)", "enumerate(COCO_NAMES)")],
+    ("34", "check_box_scores"): Answers(
+        right="""
+def box_scores(ref, wanted, columns, rows):
+    found = []
+    for (x, y, w, h), (wide, tall) in zip(ref, wanted):
+        along_x = columns @ sine_embedding(2 * math.pi * x, 128, 20) * wide / w
+        along_y = rows @ sine_embedding(2 * math.pi * y, 128, 20) * tall / h
+        found.append((along_y[:, None] + along_x) / 16)
+    return torch.stack(found)
+""",
+        wrong={
+            "width and height change places": [(" = (wanted / ref[:, 2:])", " = (wanted / ref[:, 2:]).flip(1)")],
+            "the ratio is upside down": [("wanted / ref[:, 2:]", "ref[:, 2:] / wanted")],
+            "only the box's sides count": [("wanted / ref[:, 2:]", "1 / ref[:, 2:]")],
+            "the scale of one axis": [("256**0.5", "128**0.5")],
+            "columns first": [("(along_y[:, :, None] + along_x[:, None])", "(along_x[:, :, None] + along_y[:, None])")],
+        },
+    ),
+    ("34", "check_box_path"): Answers(
+        right="""
+def box_path(start, steps):
+    path = [start]
+    for step in steps:
+        logit = (path[-1].clamp(min=1e-3) / (1 - path[-1]).clamp(min=1e-3)).log()
+        path.append(1 / (1 + (-logit - step).exp()))
+    return torch.stack(path)
+""",
+        wrong={
+            "steps are added to shares": [("(inverse_sigmoid(path[-1], 1e-3) + step).sigmoid()", "path[-1] + step")],
+            "every layer counts from the start": [("inverse_sigmoid(path[-1], 1e-3)", "inverse_sigmoid(start, 1e-3)")],
+            "another floor": [("path[-1], 1e-3", "path[-1], 1e-5")],
+            "the start is left out": [("torch.stack(path)", "torch.stack(path[1:])")],
+    ("33", "check_fused_row_column"): Answers(
+        right="""
+def fused_row_column(q, q_down, k, k_down, v):
+    across = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5)[..., None, :]
+    down = (q_down @ k_down.transpose(-1, -2) / q.shape[-1] ** 0.5)[..., :, None]
+    return (across + down).flatten(-2).softmax(-1) @ v.flatten(2, 3)
+""",
+        wrong={
+            "the root of the wider width": [("2**0.5 * ", "")],
+            "twice as sharp": [("2**0.5", "2")],
+            "rows and columns exchanged": [("torch.cat((q, q_down), -1)", "torch.cat((q_down, q), -1)")],
+            "columns only": """
+def fused_row_column(q, q_down, k, k_down, v):
+    return attention_weights(q, k) @ v.mean(2)
+""",
+            "a sum of weights": """
+def fused_row_column(q, q_down, k, k_down, v):
+    across, down = attention_weights(q, k)[..., None, :], attention_weights(q_down, k_down)[..., :, None]
+    return ((across + down) / 2).flatten(-2) @ v.flatten(2, 3)
+""",
+        },
+    ),
+    ("33", "check_picture_means"): Answers(
+        right="""
+def picture_means(keys, pad):
+    found = []
+    for axis in (1, 2):
+        total = keys.masked_fill(pad[..., None], 0).sum(axis)
+        count = (~pad).sum(axis)[..., None]
+        found.append(torch.where(count > 0, total / count, torch.zeros_like(total)))
+    return tuple(found)
+""",
+        wrong={
+            "padded cells count": """
+def picture_means(keys, pad):
+    return keys.mean(1), keys.mean(2)
+""",
+            "divided by all": [("picture.sum(axis).clamp(min=1)", "picture.shape[axis]")],
+            "no guard": [(".clamp(min=1)", "")],
+            "the padding instead": [("(~pad)", "pad")],
+            "rows first": [("(1, 2)", "(2, 1)")],
+    ("35", "check_deviation"): Answers(
+        right="""
+def deviation(scale, smooth):
+    return (smooth / (2 * scale**2)) ** 0.5
+""",
+        wrong={
+            "the sign of the scale": [("abs(scale)", "scale")],
+            "no half": [("smooth / 2", "smooth")],
+            "always 8": [("math.sqrt(smooth / 2)", "2")],
+            "no root": [("math.sqrt(smooth / 2)", "smooth / 4")],
+            "a larger scale, a wider bell": [("/ abs(scale)", "* abs(scale)")],
+            "the variance": [("math.sqrt(smooth / 2) / abs(scale)", "smooth / 2 / scale**2")],
+        },
+    ),
+    ("35", "check_misplaced"): Answers(
+        right="""
+def misplaced(share, picture, frame, stride):
+    sizes = torch.tensor([frame[::-1], picture[::-1]]) / stride
+    return share * sizes[0] - share * sizes[1]
+""",
+        wrong={
+            "x and y exchanged": [("[width, height]", "[height, width]")],
+            "in pixels": [(" / stride", "")],
+            "always 32": [("/ stride", "/ 32")],
+            "whole cells": [
+                ("height, width = frame[0] - picture[0], frame[1] - picture[1]",
+                 "height, width = ((f // stride - p // stride) * stride for f, p in zip(frame, picture))"),
+            ],
+            "the other way": [("return share", "return -share")],
+            "the whole padding": [("share * torch", "torch.ones_like(share) * torch")],
+        },
+    ),
+    ("35", "check_tilted_bias"): Answers(
+        right="""
+def tilted_bias(centre, scales, tilt, shape):
+    found = torch.zeros(shape)
+    for row in range(shape[0]):
+        for column in range(shape[1]):
+            u, v = scales[0] * (column - centre[0]), scales[1] * (row - centre[1])
+            found[row, column] = -(u**2 - 2 * tilt * u * v + v**2) / 8
+    return found
+""",
+        wrong={
+            "tilted the other way": [("- 2 * tilt", "+ 2 * tilt")],
+            "no 2": [("2 * tilt", "tilt")],
+            "the star of type4": [("2 * tilt * u * v", "2 * tilt * u.square() * v.square()")],
+            "no tilt": [(" - 2 * tilt * u * v", "")],
+            "distances without scales in the product": [
+                ("tilt * u * v", "tilt * u * v / (scales[0] * scales[1])"),
+            ],
+            "scales exchanged": [("u = scales[0]", "u = scales[1]"), ("v = scales[1]", "v = scales[0]")],
+            "not divided": [(") / 8", ")")],
         },
     ),
 }

@@ -31,7 +31,7 @@ def inverse_sigmoid(
 
     Source: `inverse_sigmoid` of Deformable DETR's published code.
     """
-    share = share.clamp(0, 1)
+    share = share.clamp(0.0, 1.0)  # whole numbers break a graph in ONNX
     return (share.clamp(min=eps) / (1 - share).clamp(min=eps)).log()
 
 # %% ../../nbs/family/30_references.ipynb #30f00101
