@@ -5,7 +5,7 @@
     python results/why_slow.py --steps 40         a trial; it is kept under .cache/ and leaves the record alone
     python results/why_slow.py --list
 
-The runs go one after the other, on one core, of two to five minutes each. Weights are kept at evenly spread steps, and
+The runs go one after the other, on one core, of three to ten minutes each. Weights are kept at evenly spread steps, and
 the held-out scenes are looked at with each copy when a run has ended.
 """
 import argparse
@@ -63,7 +63,8 @@ class PlacedDETR(DETRConfig):
     def decoder(self, columns: int, memory: nn.Module, queries: nn.Module) -> nn.Module:
         """Layers that know where a query stands."""
         layers = [DecoderLayer(*self.layer_sizes()) for _ in range(self.dec_layers)]
-        norm, head = nn.LayerNorm(self.hidden_dim), RefiningHead(self.hidden_dim, columns)
+        norm = nn.LayerNorm(self.hidden_dim)
+        head = RefiningHead(self.hidden_dim, columns)
         return Decoder(layers, norm, head, PlacePosition(self.hidden_dim))
 
 
