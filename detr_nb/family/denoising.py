@@ -39,7 +39,11 @@ def moved_boxes(
 
 # %% ../../nbs/family/39_denoising.ipynb #39d0001c
 def replaced_labels(
-    labels: Int[Tensor, " n"], share: Number, classes: int, draws: Draws, like: Tensor
+    labels: Int[Tensor, " n"],
+    share: Number,
+    classes: int,
+    draws: Draws,
+    like: Float[Tensor, "..."],
 ) -> Int[Tensor, " n"]:
     """Give a share of the labels a class that is drawn from all, perhaps the same."""
     chosen = draws.uniform("label_p", labels.shape, like) < share
