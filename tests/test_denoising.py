@@ -116,6 +116,12 @@ def test_detections_are_the_authors(authors):
     authors.check_detections()
 
 
+def test_their_file_tells_what_it_holds(authors):
+    model = pretrained_model(authors.file)
+    assert replace(model.config, dropout=0.0) == SMALL and model.num_classes == 91
+    assert_close(model.state_dict(), authors.model().state_dict(), rtol=0, atol=0)
+
+
 def test_noised_queries_are_the_authors(authors):
     model, order = authors.model(), authors.order()
     with torch.no_grad():
