@@ -372,6 +372,7 @@ def test_a_run_of_two_steps_and_the_folder_it_leaves(placed, tmp_path):
         assert_close(again(pictures())[:2], run.model(pictures())[:2])
 
 
+@pytest.mark.slow
 def test_it_is_exported_with_free_batch_and_size(placed, tmp_path):
     """The graph of ONNX is made of that of `export_program`."""
     model = build(placed)
