@@ -72,7 +72,8 @@ class PlacedDETR(DETRConfig):
 SMALL = {"backbone": TinyConfig((32, 64, 128), TINY_STRIDES), "num_queries": 16, **TINY}
 SCENES = replace(EASY, size=64, min_side=0.2)  # as large as a core trains on in minutes
 DATA = ShapesData(SCENES, train_images=8192, val_images=200, cache=".cache/scenes")
-BASE = TrainConfig(data=DATA, steps=STEPS, evaluations=0, progress=False)
+# pictures keep their size, so that a copy from any moment is examined on what it has learned from
+BASE = TrainConfig(data=DATA, steps=STEPS, evaluations=0, scales=(), progress=False)
 MODELS = {"DETR": DETRConfig(**SMALL), "with places": PlacedDETR(**SMALL)}
 RUNS = {f"{name}, seed {seed}": replace(BASE, model=model, seed=seed)
         for seed in SEEDS for name, model in MODELS.items()}

@@ -5,13 +5,16 @@ border of the picture, so padded batches are compared with the official outputs 
 """
 
 import math
+import os
 import pkgutil
 import re
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import cache, partial
 from importlib import import_module
+from pathlib import Path
 from unittest.mock import patch
 
 import onnxruntime
@@ -30,6 +33,7 @@ import detr_nb.family
 from detr_nb.config import KINDS, complete
 from detr_nb.export import export_onnx, export_program
 from detr_nb.family.focal import FocalDETR
+from detr_nb.formats import Sizes, VocData
 from detr_nb.insight import attention_maps, capture_attention
 from detr_nb.losses import SetCriterion, criterion_for
 from detr_nb.model import (
@@ -426,6 +430,27 @@ def test_a_member_takes_a_step_of_fit(name):
     run = fit(TrainConfig(Pairs(), MEMBERS[name](**SIZES), **few))
     assert all(math.isfinite(value) for value in run.history[-1].values() if isinstance(value, float))
     assert 0 <= run.metrics["AP"] <= 1
+
+
+BCCD = VocData(Path(__file__).parent / "data" / "bccd", train_split="trainval", val_split="trainval",
+               sizes=Sizes((64, 96), 128, (), eval_side=64), workers=0)
+
+
+@every_member
+def test_a_member_learns_from_photographs_and_goes_on_bit_for_bit(name, tmp_path):
+    few = {"steps": 3, "batch_size": 2, "evaluations": 1, "log_every": 1, "scales": (), "progress": False}
+    model = MEMBERS[name](**{**SIZES, "num_queries": 30, "dropout": 0.1})
+
+    def stop(run) -> None:
+        if run.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    whole = fit(TrainConfig(BCCD, model, folder=str(tmp_path / "whole"), **few))
+    with pytest.raises(SystemExit):
+        fit(TrainConfig(BCCD, model, folder=str(tmp_path / "cut"), **few), watch=stop)
+    again = fit(TrainConfig(BCCD, model, folder=str(tmp_path / "cut"), **few))
+    assert again.step == whole.step == 3 and 0 <= whole.metrics["AP"] <= 1
+    torch.testing.assert_close(again.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
 
 
 @every_member
