@@ -4,6 +4,7 @@ What is *not* promised: that padding an image leaves its detections unchanged. A
 border of the picture, so padded batches are compared with the official outputs (test_model.py) instead.
 """
 
+import json
 import math
 import os
 import pkgutil
@@ -512,6 +513,9 @@ def test_a_member_is_exported_with_a_free_batch_and_size(name, tmp_path):
     recorded = export_program(model)
     with patch("detr_nb.export.export_program", return_value=recorded):  # recorded once, read twice
         session = onnxruntime.InferenceSession(export_onnx(model, tmp_path / "model.onnx"))
+    told = session.get_modelmeta().custom_metadata_map
+    assert json.loads(told["scores"]) == {"kind": "SigmoidScores", "top": model.scores.top, "spare": model.scores.spare}
+    assert json.loads(told["threshold"]) == model.threshold
     program = recorded.module()
     for count, height, width in ((1, 64, 64), (3, 96, 160)):
         pictures = torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(1))
