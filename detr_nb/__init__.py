@@ -8,10 +8,16 @@ __version__ = "0.1.0"
 from importlib import import_module
 
 _PUBLIC = {
+    "AnchorDETR": "family.anchor",
+    "ConditionalDETR": "family.conditional",
+    "DABDETR": "family.dab",
     "DETR": "model",
     "DETRDemo": "model",
+    "DNDETR": "family.denoising",
+    "FocalDETR": "family.focal",
     "HungarianMatcher": "matcher",
     "Preprocess": "data",
+    "SMCADETR": "family.smca",
     "SetCriterion": "losses",
     "TrainConfig": "training",
     "check_data": "checks",

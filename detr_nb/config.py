@@ -291,8 +291,13 @@ HOMES = {
     **dict.fromkeys(("CocoData", "VocData", "YoloData"), "detr_nb.formats"),
     "ShapesData": "detr_nb.loading",
     "FineTuned": "detr_nb.finetuning",
-    "TimmConfig": "detr_nb.finetuning",
     "FocalDETR": "detr_nb.family.focal",
+    "ConditionalDETR": "detr_nb.family.conditional",
+    "AnchorDETR": "detr_nb.family.anchor",
+    "DABDETR": "detr_nb.family.dab",
+    "SMCADETR": "detr_nb.family.smca",
+    "DNDETR": "detr_nb.family.denoising",
+    "TimmConfig": "detr_nb.finetuning",
 }
 
 

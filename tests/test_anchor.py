@@ -3,7 +3,6 @@
 import math
 from dataclasses import replace
 
-import onnxruntime
 import pytest
 import torch
 from family import Member
@@ -14,7 +13,6 @@ from torch.testing import assert_close
 
 from detr_nb.attention import MultiHeadAttention
 from detr_nb.config import ModelConfig
-from detr_nb.export import export_onnx
 from detr_nb.family.anchor import AnchorDETR, RowColumnAttention, RowColumnCells
 from detr_nb.family.focal import FocalDETR
 from detr_nb.finetuning import replace_head, resize_queries
@@ -231,14 +229,6 @@ def test_what_it_looks_at_is_drawn(option):
     assert_close(maps.encoder.sum(-1), torch.ones(1, 2, 2, 96))
 
 
-def test_permuted_points_permute_the_output():
-    model = build(replace(TINY_ANCHOR, num_query_pattern=1)).double().eval()
-    order, images = torch.tensor([2, 0, 3, 1]), pictures().double()
-    before = model(images)
-    model.queries.references.weight.data = model.queries.references.weight.data[order]
-    assert_close(model(images)[:2], before.queries(order)[:2])
-
-
 @pytest.mark.parametrize(("row_column", "moves"), [(True, True), (False, False)])
 def test_padded_cells_reach_the_means_as_in_the_authors_code(row_column, moves):
     """A faithful exception: what stands in a padded cell moves the mean key of its row and of its column."""
@@ -251,22 +241,6 @@ def test_padded_cells_reach_the_means_as_in_the_authors_code(row_column, moves):
         one, two = (model.decoder(model.queries(part), model.encoder(part)) for part in (memory, spoilt))
     assert_close(one.logits[:, 0], two.logits[:, 0])
     assert ((one.logits - two.logits).abs().max() > 1e-4) == moves
-
-
-@pytest.mark.slow
-def test_it_is_exported_with_free_batch_and_size(tmp_path):
-    """The graph of ONNX is made of that of `export_program`."""
-    model = build(TINY_ANCHOR).eval()
-    session = onnxruntime.InferenceSession(export_onnx(model, tmp_path / "model.onnx"))
-    for count, height, width in ((1, 64, 64), (3, 160, 96)):
-        images = pictures(count, height, width)
-        pad = torch.zeros(count, height, width, dtype=torch.bool)
-        pad[0, height // 2 :] = True
-        with torch.no_grad():
-            out = model(images, pad)
-        found = session.run(None, {"images": images.numpy(), "pad": pad.numpy()})
-        for ours, other in zip((out.logits[-1], out.boxes[-1]), found, strict=True):
-            assert_close(torch.from_numpy(other), ours, rtol=1e-3, atol=1e-3)
 
 
 def test_the_full_size_is_built_without_memory():

@@ -244,7 +244,7 @@ def test_python_refuses_it_too(kind, values, words):
 @pytest.mark.parametrize(("words", "complaint"), [
     ({"stps": 3}, "stps is unknown: TrainConfig has data, model, steps"),
     ({"model": {"kind": "TinyModel", "queries": 3}}, "model.queries is unknown: TinyModel has num_queries"),
-    ({"model": {"kind": "VGG"}}, "model.kind is 'VGG': it must be one of DETRConfig, "),
+    ({"model": {"kind": "VGG"}}, "model.kind is 'VGG': it must be one of AnchorDETR, "),
     ({"model": {"num_queries": 3}}, "model.kind is missing: it must be one of"),
     ({"model": {"kind": "ShapesData"}}, "model.kind is 'ShapesData': it must be one of"),
     ({"model": None}, "model is None: it must be a ModelConfig, or a dictionary"),

@@ -1038,99 +1038,6 @@ class Mirrored(Damaged):
             "the order of the boxes": [("torch.cat((1 - x, rest), 1)", 'target["boxes"].flip(0)')],
         },
     ),
-    ("39", "check_count_slots"): Answers(
-        right="""
-def count_slots(counts, groups):
-    size = max(counts) or 1
-    return size * groups, sum(count * groups for count in counts)
-""",
-        wrong={
-            "objects of all images": [("max([1, *counts])", "sum(counts)")],
-            "no slot without objects": [("max([1, *counts])", "max(counts)")],
-            "one group": [("groups * max([1, *counts])", "max([1, *counts])")],
-            "all slots filled": [("groups * sum(counts)", "groups * max(counts) * len(counts)")],
-            "filled once": [(", groups * sum(counts)", ", sum(counts)")],
-        },
-    ),
-    ("39", "check_contrastive_boxes"): Answers(
-        right="""
-def contrastive_boxes(boxes, sign, u, copy, scale):
-    far = scale * sign * torch.where(copy[:, None] == 1, 1 + u, u)
-    w, h = boxes[:, 2:].unbind(1)
-    left, top, right, bottom = cxcywh_to_xyxy(boxes).unbind(1)
-    moved = (left + far[:, 0] * w / 2, top + far[:, 1] * h / 2, right + far[:, 2] * w / 2, bottom + far[:, 3] * h / 2)
-    return xyxy_to_cxcywh(torch.stack(moved, 1).clamp(0, 1))
-""",
-        wrong={
-            "the whole side": [("boxes[:, 2:] / 2", "boxes[:, 2:]")],
-            "both copies near": [("(u + copy[:, None])", "u")],
-            "the copies exchanged": [("copy[:, None]", "1 - copy[:, None]")],
-            "no clamp": [(".clamp(0, 1)", "")],
-            "centre and size moved": [
-                ("cxcywh_to_xyxy(boxes) + ", "boxes + "),
-                ("xyxy_to_cxcywh(corners.clamp(0, 1))", "corners.clamp(0, 1)"),
-            ],
-            "the sides exchanged": [("boxes[:, 2:] / 2", "boxes[:, [3, 2]] / 2")],
-            "no sign": [("sign * (u", "(u")],
-            "corners returned": [("xyxy_to_cxcywh(corners.clamp(0, 1))", "corners.clamp(0, 1)")],
-        },
-    ),
-    ("39", "check_which_leak"): Answers(
-        right="""
-def which_leak(mask, answering, size):
-    found = set()
-    for row in range(len(mask)):
-        for column in range(len(mask)):
-            sees, noised = bool(mask[row, column] == 0), column >= answering
-            same = row >= answering and (row - answering) // size == (column - answering) // size
-            if noised and row < answering and sees:
-                found.add("answers")
-            elif noised and row >= answering and not same and sees:
-                found.add("groups")
-            elif row >= answering and (same or not noised) and not sees:
-                found.add("blind")
-    return next((name for name in ("answers", "groups", "blind") if name in found), "")
-""",
-        wrong={
-            "never anything": """
-def which_leak(mask, answering, size):
-    return ""
-""",
-            "rows and columns exchanged": [("= group[:, None], group,", "= group, group[:, None],")],
-            "hidden read as seen": [("mask == 0", "mask != 0")],
-            "only those that answer": [('return "groups"', 'return ""')],
-            "own group forgotten": [("((column < 0) | (row == column))", "(column < 0)")],
-            "those that answer forgotten": [("((column < 0) | (row == column))", "(row == column)")],
-            "one slot a group": [("place.div(size", "place.div(1")],
-            "in another order": [('return "answers"', 'return "groups"')],
-        },
-    ),
-    ("39", "check_instability"): Answers(
-        right="""
-def instability(before, after, queries):
-    old, new = (dict(zip(query.tolist(), goal.tolist())) for query, goal in (before, after))
-    return sum(old.get(query, -1) != new.get(query, -1) for query in range(queries))
-""",
-        wrong={
-            "objects counted": """
-def instability(before, after, queries):
-    old, new = (dict(zip(goal.tolist(), query.tolist())) for query, goal in (before, after))
-    return sum(old.get(goal) != new.get(goal) for goal in {*old, *new})
-""",
-            "only those matched both times": """
-def instability(before, after, queries):
-    old, new = (dict(zip(query.tolist(), goal.tolist())) for query, goal in (before, after))
-    return sum(old[query] != new[query] for query in old.keys() & new.keys())
-""",
-            "sets of queries": """
-def instability(before, after, queries):
-    return len(set(before[0].tolist()) ^ set(after[0].tolist()))
-""",
-            "a share": [("int((rows[0] != rows[1]).sum())", "round(float((rows[0] != rows[1]).float().mean()))")],
-            "none is object 0": [("torch.full((queries,), -1)", "torch.full((queries,), 0)")],
-            "how far": [("(rows[0] != rows[1])", "(rows[0] - rows[1]).abs()")],
-        },
-    ),
     ("80", "check_changes"): Answers(
         right="""
 def changes(old, new):
@@ -1655,38 +1562,8 @@ def real_classes(logits, names):
             "off by one": [("logits[..., kept]", "logits[..., [column - 1 for column in kept]]")],
             "by the alphabet": [("[names[column] for column in kept]", "sorted(names[column] for column in kept)")],
             "COCO's whatever the names": [("enumerate(names)", "enumerate(COCO_NAMES)")],
-    ("34", "check_box_scores"): Answers(
-        right="""
-def box_scores(ref, wanted, columns, rows):
-    found = []
-    for (x, y, w, h), (wide, tall) in zip(ref, wanted):
-        along_x = columns @ sine_embedding(2 * math.pi * x, 128, 20) * wide / w
-        along_y = rows @ sine_embedding(2 * math.pi * y, 128, 20) * tall / h
-        found.append((along_y[:, None] + along_x) / 16)
-    return torch.stack(found)
-""",
-        wrong={
-            "width and height change places": [(" = (wanted / ref[:, 2:])", " = (wanted / ref[:, 2:]).flip(1)")],
-            "the ratio is upside down": [("wanted / ref[:, 2:]", "ref[:, 2:] / wanted")],
-            "only the box's sides count": [("wanted / ref[:, 2:]", "1 / ref[:, 2:]")],
-            "the scale of one axis": [("256**0.5", "128**0.5")],
-            "columns first": [("(along_y[:, :, None] + along_x[:, None])", "(along_x[:, :, None] + along_y[:, None])")],
         },
     ),
-    ("34", "check_box_path"): Answers(
-        right="""
-def box_path(start, steps):
-    path = [start]
-    for step in steps:
-        logit = (path[-1].clamp(min=1e-3) / (1 - path[-1]).clamp(min=1e-3)).log()
-        path.append(1 / (1 + (-logit - step).exp()))
-    return torch.stack(path)
-""",
-        wrong={
-            "steps are added to shares": [("(inverse_sigmoid(path[-1], 1e-3) + step).sigmoid()", "path[-1] + step")],
-            "every layer counts from the start": [("inverse_sigmoid(path[-1], 1e-3)", "inverse_sigmoid(start, 1e-3)")],
-            "another floor": [("path[-1], 1e-3", "path[-1], 1e-5")],
-            "the start is left out": [("torch.stack(path)", "torch.stack(path[1:])")],
     ("33", "check_fused_row_column"): Answers(
         right="""
 def fused_row_column(q, q_down, k, k_down, v):
@@ -1728,6 +1605,42 @@ def picture_means(keys, pad):
             "no guard": [(".clamp(min=1)", "")],
             "the padding instead": [("(~pad)", "pad")],
             "rows first": [("(1, 2)", "(2, 1)")],
+        },
+    ),
+    ("34", "check_box_scores"): Answers(
+        right="""
+def box_scores(ref, wanted, columns, rows):
+    found = []
+    for (x, y, w, h), (wide, tall) in zip(ref, wanted):
+        along_x = columns @ sine_embedding(2 * math.pi * x, 128, 20) * wide / w
+        along_y = rows @ sine_embedding(2 * math.pi * y, 128, 20) * tall / h
+        found.append((along_y[:, None] + along_x) / 16)
+    return torch.stack(found)
+""",
+        wrong={
+            "width and height change places": [(" = (wanted / ref[:, 2:])", " = (wanted / ref[:, 2:]).flip(1)")],
+            "the ratio is upside down": [("wanted / ref[:, 2:]", "ref[:, 2:] / wanted")],
+            "only the box's sides count": [("wanted / ref[:, 2:]", "1 / ref[:, 2:]")],
+            "the scale of one axis": [("256**0.5", "128**0.5")],
+            "columns first": [("(along_y[:, :, None] + along_x[:, None])", "(along_x[:, :, None] + along_y[:, None])")],
+        },
+    ),
+    ("34", "check_box_path"): Answers(
+        right="""
+def box_path(start, steps):
+    path = [start]
+    for step in steps:
+        logit = (path[-1].clamp(min=1e-3) / (1 - path[-1]).clamp(min=1e-3)).log()
+        path.append(1 / (1 + (-logit - step).exp()))
+    return torch.stack(path)
+""",
+        wrong={
+            "steps are added to shares": [("(inverse_sigmoid(path[-1], 1e-3) + step).sigmoid()", "path[-1] + step")],
+            "every layer counts from the start": [("inverse_sigmoid(path[-1], 1e-3)", "inverse_sigmoid(start, 1e-3)")],
+            "another floor": [("path[-1], 1e-3", "path[-1], 1e-5")],
+            "the start is left out": [("torch.stack(path)", "torch.stack(path[1:])")],
+        },
+    ),
     ("35", "check_deviation"): Answers(
         right="""
 def deviation(scale, smooth):
@@ -1780,6 +1693,99 @@ def tilted_bias(centre, scales, tilt, shape):
             ],
             "scales exchanged": [("u = scales[0]", "u = scales[1]"), ("v = scales[1]", "v = scales[0]")],
             "not divided": [(") / 8", ")")],
+        },
+    ),
+    ("39", "check_count_slots"): Answers(
+        right="""
+def count_slots(counts, groups):
+    size = max(counts) or 1
+    return size * groups, sum(count * groups for count in counts)
+""",
+        wrong={
+            "objects of all images": [("max([1, *counts])", "sum(counts)")],
+            "no slot without objects": [("max([1, *counts])", "max(counts)")],
+            "one group": [("groups * max([1, *counts])", "max([1, *counts])")],
+            "all slots filled": [("groups * sum(counts)", "groups * max(counts) * len(counts)")],
+            "filled once": [(", groups * sum(counts)", ", sum(counts)")],
+        },
+    ),
+    ("39", "check_contrastive_boxes"): Answers(
+        right="""
+def contrastive_boxes(boxes, sign, u, copy, scale):
+    far = scale * sign * torch.where(copy[:, None] == 1, 1 + u, u)
+    w, h = boxes[:, 2:].unbind(1)
+    left, top, right, bottom = cxcywh_to_xyxy(boxes).unbind(1)
+    moved = (left + far[:, 0] * w / 2, top + far[:, 1] * h / 2, right + far[:, 2] * w / 2, bottom + far[:, 3] * h / 2)
+    return xyxy_to_cxcywh(torch.stack(moved, 1).clamp(0, 1))
+""",
+        wrong={
+            "the whole side": [("boxes[:, 2:] / 2", "boxes[:, 2:]")],
+            "both copies near": [("(u + copy[:, None])", "u")],
+            "the copies exchanged": [("copy[:, None]", "1 - copy[:, None]")],
+            "no clamp": [(".clamp(0, 1)", "")],
+            "centre and size moved": [
+                ("cxcywh_to_xyxy(boxes) + ", "boxes + "),
+                ("xyxy_to_cxcywh(corners.clamp(0, 1))", "corners.clamp(0, 1)"),
+            ],
+            "the sides exchanged": [("boxes[:, 2:] / 2", "boxes[:, [3, 2]] / 2")],
+            "no sign": [("sign * (u", "(u")],
+            "corners returned": [("xyxy_to_cxcywh(corners.clamp(0, 1))", "corners.clamp(0, 1)")],
+        },
+    ),
+    ("39", "check_which_leak"): Answers(
+        right="""
+def which_leak(mask, answering, size):
+    found = set()
+    for row in range(len(mask)):
+        for column in range(len(mask)):
+            sees, noised = bool(mask[row, column] == 0), column >= answering
+            same = row >= answering and (row - answering) // size == (column - answering) // size
+            if noised and row < answering and sees:
+                found.add("answers")
+            elif noised and row >= answering and not same and sees:
+                found.add("groups")
+            elif row >= answering and (same or not noised) and not sees:
+                found.add("blind")
+    return next((name for name in ("answers", "groups", "blind") if name in found), "")
+""",
+        wrong={
+            "never anything": """
+def which_leak(mask, answering, size):
+    return ""
+""",
+            "rows and columns exchanged": [("= group[:, None], group,", "= group, group[:, None],")],
+            "hidden read as seen": [("mask == 0", "mask != 0")],
+            "only those that answer": [('return "groups"', 'return ""')],
+            "own group forgotten": [("((column < 0) | (row == column))", "(column < 0)")],
+            "those that answer forgotten": [("((column < 0) | (row == column))", "(row == column)")],
+            "one slot a group": [("place.div(size", "place.div(1")],
+            "in another order": [('return "answers"', 'return "groups"')],
+        },
+    ),
+    ("39", "check_instability"): Answers(
+        right="""
+def instability(before, after, queries):
+    old, new = (dict(zip(query.tolist(), goal.tolist())) for query, goal in (before, after))
+    return sum(old.get(query, -1) != new.get(query, -1) for query in range(queries))
+""",
+        wrong={
+            "objects counted": """
+def instability(before, after, queries):
+    old, new = (dict(zip(goal.tolist(), query.tolist())) for query, goal in (before, after))
+    return sum(old.get(goal) != new.get(goal) for goal in {*old, *new})
+""",
+            "only those matched both times": """
+def instability(before, after, queries):
+    old, new = (dict(zip(query.tolist(), goal.tolist())) for query, goal in (before, after))
+    return sum(old[query] != new[query] for query in old.keys() & new.keys())
+""",
+            "sets of queries": """
+def instability(before, after, queries):
+    return len(set(before[0].tolist()) ^ set(after[0].tolist()))
+""",
+            "a share": [("int((rows[0] != rows[1]).sum())", "round(float((rows[0] != rows[1]).float().mean()))")],
+            "none is object 0": [("torch.full((queries,), -1)", "torch.full((queries,), 0)")],
+            "how far": [("(rows[0] != rows[1])", "(rows[0] - rows[1]).abs()")],
         },
     ),
 }
@@ -1841,6 +1847,9 @@ CRASHES = {  # wrong answers that end the check with another error than that of 
     "89 as_flags: the outer names": "ConfigError",
     "89 as_flags: one word for both": "ConfigError",
     "97 whole_rows: the cut line is read": "JSONDecodeError",
+    "31 real_classes: COCO's whatever the names": "IndexError",
+    "33 picture_means: rows first": "TypeCheckError",
+    "34 box_scores: columns first": "TypeCheckError",
 }
 each = pytest.mark.parametrize("key", EXERCISES, ids=" ".join)
 

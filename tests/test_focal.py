@@ -4,7 +4,6 @@ import math
 from dataclasses import replace
 from types import SimpleNamespace
 
-import onnxruntime
 import pytest
 import torch
 from official import Reference, official_weights
@@ -19,7 +18,6 @@ from detr_nb.clinic import collect_evidence, findings
 from detr_nb.errors import confusion_matrix, error_breakdown
 from detr_nb.evaluation import coco_evaluate, evaluate, predict
 from detr_nb.explorables import record_attention, record_scene, record_training
-from detr_nb.export import export_onnx, export_program
 from detr_nb.family.focal import FocalClasses, FocalDETR, focal_cost, focal_loss
 from detr_nb.finetuning import FineTuned, replace_head, resize_queries
 from detr_nb.insight import attention_maps
@@ -305,16 +303,6 @@ def test_images_without_objects_give_finite_losses_and_gradients(targets):
     assert model.head.classes.bias.grad.abs().min() > 0
 
 
-def test_permuted_queries_permute_the_output():
-    model, order = made(), torch.tensor([3, 0, 4, 1, 2])
-    with torch.no_grad():
-        before = model(pictures())
-        model.queries.embedding.weight.copy_(model.queries.embedding.weight[order])
-        after = model(pictures())
-    assert_close(after.logits, before.logits[:, :, order], atol=1e-5, rtol=1e-5)
-    assert_close(after.boxes, before.boxes[:, :, order], atol=1e-5, rtol=1e-5)
-
-
 # --- in the library -------------------------------------------------------------------------------------------------
 def test_flags_describe_it():
     config = read_config(["--model", "FocalDETR", "--model.num_queries", "7"])
@@ -386,24 +374,6 @@ def test_the_clinic_blames_no_weight_that_it_does_not_have(run):
     blamed = [finding.name for finding in findings({**seen, "no_object_weight": 1.0, "queries": 300})]
     assert "no-object weighs too much" in blamed
     assert findings({**seen, "objects": 0.0}) is not None
-
-
-@pytest.mark.slow
-def test_it_is_exported_with_any_batch_and_size(tmp_path):
-    model = made()
-    model.names = list("abcd")
-    program = export_program(model).module()
-    session = onnxruntime.InferenceSession(export_onnx(model, tmp_path / "model.onnx"))
-    assert session.get_modelmeta().custom_metadata_map["names"] == '["a", "b", "c", "d"]'
-    for count, height, width in ((1, 64, 64), (3, 96, 160)):
-        images, pad = pictures(count, height, width), torch.zeros(count, height, width, dtype=torch.bool)
-        pad[0, height // 2 :] = True
-        with torch.no_grad():
-            out = model(images, pad)
-        found = session.run(None, {"images": images.numpy(), "pad": pad.numpy()})
-        for ours, graph, other in zip((out.logits[-1], out.boxes[-1]), program(images, pad), found, strict=True):
-            assert_close(graph, ours, rtol=1e-4, atol=1e-4)
-            assert_close(torch.from_numpy(other), ours, rtol=1e-3, atol=1e-3)
 
 
 def test_a_member_that_says_so_keeps_more_answers_and_spare_columns():

@@ -4,7 +4,6 @@ import math
 from argparse import Namespace
 from dataclasses import replace
 
-import onnxruntime
 import pytest
 import torch
 from family import Member
@@ -13,7 +12,6 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from detr_nb.config import ConfigError
-from detr_nb.export import export_onnx, export_program
 from detr_nb.family.focal import FocalDETR
 from detr_nb.family.smca import SMCADETR, gaussian_bias
 from detr_nb.finetuning import replace_head, resize_queries
@@ -205,14 +203,6 @@ def test_new_classes_and_other_queries(run):
     assert_close(model.queries.point.state_dict(), old.point.state_dict())
 
 
-def test_permuted_queries_permute_the_outputs():
-    model, order = shaken(SMALL).double(), torch.tensor([3, 0, 4, 1, 2])
-    with torch.no_grad():
-        before = model(pictures().double())
-        model.queries.embedding.weight.copy_(model.queries.embedding.weight[order])
-        assert_close(model(pictures().double())[:3], before.queries(order)[:3], atol=1e-9, rtol=1e-7)
-
-
 def test_what_it_looks_at_is_drawn_as_for_detr(run):
     maps = attention_maps(run.model, pictures())
     assert maps.cross.shape == (2, 2, 2, 5, 96)
@@ -226,22 +216,6 @@ def test_bf16_and_half_precision():
         with torch.autocast("cpu", torch.bfloat16):
             assert (model(pictures()).logits.float() - out.logits).abs().max() < 0.3
         assert model.bfloat16()(pictures().bfloat16()).boxes.dtype == torch.bfloat16
-
-
-@pytest.mark.slow
-def test_it_is_exported_with_free_batch_and_size(tmp_path):
-    model = shaken(replace(SMALL, dynamic_scale=3))
-    program = export_program(model).module()
-    session = onnxruntime.InferenceSession(export_onnx(model, tmp_path / "model.onnx"))
-    for count, height, width in ((1, 64, 64), (3, 96, 160)):
-        images, pad = pictures(count, height, width), torch.zeros(count, height, width, dtype=torch.bool)
-        pad[0, height // 2 :] = True
-        with torch.no_grad():
-            out = model(images, pad)
-        found = session.run(None, {"images": images.numpy(), "pad": pad.numpy()})
-        for ours, graph, other in zip((out.logits[-1], out.boxes[-1]), program(images, pad), found, strict=True):
-            assert_close(graph, ours, rtol=1e-4, atol=1e-4)
-            assert_close(torch.from_numpy(other), ours, rtol=1e-3, atol=1e-3)
 
 
 # --- other sizes ----------------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def without_type_checker():
     fault("--epochs 1 --minutes 0.02 --steps 3", ["--epochs", "1", "--minutes", "0.02", "--steps", "3"],
           "--epochs is given beside --steps: give one of the two"),
     (["--data", "evil.Data"], "data.kind is 'evil.Data': it must be one of CocoData"),
-    (["--model", "this.X"], "model.kind is 'this.X': it must be one of DETRConfig"),
+    (["--model", "this.X"], "model.kind is 'this.X': it must be one of AnchorDETR"),
     (["--steps", "four"], "steps is 'four': it must be a whole number of at least 1 and at most 1000000000"),
     (["--stepz", "4"], "--stepz is unknown: did you mean --steps?"),
     (["--steps"], "--steps is wrong: expected one argument"), (["4"], "4 is unknown: see --help"),

@@ -152,17 +152,15 @@ def dab_layouts(config: DABDETR) -> Sequence[tuple[str, Rules]]:
     return tuple((sign, rules and (*BOX_PARTS, *rules)) for sign, rules in layouts)
 
 # %% ../../nbs/family/34_dab.ipynb #34f10057
-def read_dab(checkpoint: Checkpoint) -> DABDETR | None:
-    """The configuration of a DAB-DETR, from its weights and the options beside them."""
-    names = " ".join(checkpoint.state)
-    if "ref_anchor_head" not in names or "label_enc" in names:
-        return None
+def read_as(checkpoint: Checkpoint, kind: type[DABDETR]) -> DABDETR:
+    """The configuration of a DAB-DETR or of a descendant, from its weights and the
+    options beside them."""
     state = convert_names(checkpoint.state, {}, dab_layouts(DABDETR()))
     sizes, settings = architecture(state), checkpoint.settings
     dilation = bool(settings.get("backbone.dilation", False))
     body = ResNetConfig(resnet_name(sizes["backbone"]), dilation, pretrained=False)
     own = ("hidden_dim", "enc_layers", "dec_layers", "dim_feedforward")
-    return DABDETR(
+    return kind(
         body,
         rows(state, "queries.references.weight"),
         **{name: sizes[name] for name in own},
@@ -170,8 +168,16 @@ def read_dab(checkpoint: Checkpoint) -> DABDETR | None:
         temperature=settings.get("temperature", 20),
         num_patterns=rows(state, "queries.patterns.weight") or 0,
         random_refpoints_xy=bool(checkpoint.told.get("random_refpoints_xy", False)),
-        prelu=".activation" in names,
+        prelu=any(".activation" in name for name in checkpoint.state),
     )
+
+
+def read_dab(checkpoint: Checkpoint) -> DABDETR | None:
+    """What a checkpoint of DAB-DETR holds; None if it is another's."""
+    names = " ".join(checkpoint.state)
+    if "ref_anchor_head" not in names or "label_enc" in names:
+        return None
+    return read_as(checkpoint, DABDETR)
 
 
 READERS.append(read_dab)

@@ -8,7 +8,7 @@ __all__ = ['Noise', 'NoisedQueries', 'DNDETR']
 # %% ../../nbs/family/39_denoising.ipynb #39d00009
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -16,16 +16,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checkpoints import Rules
+from ..checkpoints import Checkpoint, Rules
 from ..config import Depth, Share
-from .dab import DABDETR, dab_layouts
+from .dab import DABDETR, dab_layouts, read_as
 from .focal import FocalClasses, focal_criterion
 from .references import inverse_sigmoid
 from ..losses import SetCriterion, authors_criterion
 from ..matcher import PaddedTargets, explain_target, pad_targets, valid_targets
 from ..model import Draws
 from ..notation import Memory, Number, Pairs, Queries, QueryGroup, Target
-from ..pretrained import layouts_of
+from ..pretrained import READERS, layouts_of
 
 # %% ../../nbs/family/39_denoising.ipynb #39d00017
 def moved_boxes(
@@ -39,7 +39,11 @@ def moved_boxes(
 
 # %% ../../nbs/family/39_denoising.ipynb #39d0001c
 def replaced_labels(
-    labels: Int[Tensor, " n"], share: Number, classes: int, draws: Draws, like: Tensor
+    labels: Int[Tensor, " n"],
+    share: Number,
+    classes: int,
+    draws: Draws,
+    like: Float[Tensor, "..."],
 ) -> Int[Tensor, " n"]:
     """Give a share of the labels a class that is drawn from all, perhaps the same."""
     chosen = draws.uniform("label_p", labels.shape, like) < share
@@ -336,3 +340,17 @@ def denoising_layouts(config: DNDETR) -> Sequence[tuple[str, Rules]]:
     """Those of DAB-DETR, with the names of the new parts behind."""
     layouts = dab_layouts(config)
     return tuple((sign, rules and (*rules, *NOISED_PARTS)) for sign, rules in layouts)
+
+# %% ../../nbs/family/39_denoising.ipynb #39d000b1
+def read_denoising(checkpoint: Checkpoint) -> DNDETR | None:
+    """What a checkpoint of DN-DETR holds; None if it is another's."""
+    names = " ".join(checkpoint.state)
+    if "ref_anchor_head" not in names or "label_enc" not in names:
+        return None
+    told = {
+        name: checkpoint.told[name] for name in DNDETR.OWN if name in checkpoint.told
+    }
+    return replace(read_as(checkpoint, DNDETR), **told)
+
+
+READERS.append(read_denoising)
