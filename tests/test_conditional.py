@@ -54,4 +54,4 @@ def test_gradients_are_the_authors(authors):
         stem, stacked, kind = rename(name, rules[1]).rpartition("in_proj_")
         parts = [f"{stem}{part}.{kind}" for part in "qkv"] if stacked else [kind]
         found = torch.tensor([ours.get(part, 0.0) for part in parts]).double().norm()
-        assert_close(found, norm, rtol=1e-2, atol=1e-4, check_dtype=False, msg=lambda text, name=name: f"{name}: {text}")
+        assert_close(found, norm, rtol=1e-2, atol=1e-4, check_dtype=False, msg=lambda text, n=name: f"{n}: {text}")
