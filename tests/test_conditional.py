@@ -112,12 +112,19 @@ def test_files_of_others_are_left_to_others(name):
 
 
 def test_the_full_model_with_every_backbone():
-    """The authors' tables say 44 million for ResNet-50 and as many with the dilated stage."""
+    """Hugging Face's has as many parameters, dilated or not."""
+    from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection
+    from transformers import ResNetConfig as Body
+
     with torch.device("meta"):
         models = {body: ConditionalDETR(ResNetConfig(*body, pretrained=False)).build(91)
                   for body in (("resnet50",), ("resnet50", True), ("resnet101",))}
+        config = ConditionalDetrConfig(backbone_config=Body(out_features=["stage4"]), use_timm_backbone=False,
+                                       num_labels=91)
+        theirs = ConditionalDetrForObjectDetection(config)
     counts = {body: sum(p.numel() for p in model.parameters()) for body, model in models.items()}
-    assert 43.3e6 < counts["resnet50",] < 43.6e6 and counts["resnet50",] == counts["resnet50", True]
+    assert counts["resnet50",] == counts["resnet50", True] == 43_418_401 < counts["resnet101",]
+    assert counts["resnet50",] == sum(p.numel() for p in theirs.parameters())
     model = models["resnet50",]
     assert criterion_for(model).weights["loss_ce"] == 2 and model.scores.top == 100 and model.queries.count == 300
     assert model.backbone.strides[-1] == 32 and models["resnet50", True].backbone.strides[-1] == 16
