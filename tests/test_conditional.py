@@ -27,7 +27,7 @@ from detr_nb.finetuning import replace_head, resize_queries
 from detr_nb.insight import attention_maps
 from detr_nb.losses import criterion_for
 from detr_nb.model import DETR, ResNetConfig, SigmoidScores, TinyConfig
-from detr_nb.pretrained import load_pretrained, pretrained_model
+from detr_nb.pretrained import convert_names, load_pretrained, pretrained_model
 from detr_nb.training import TrainConfig, fit
 from detr_nb.transformer import DenseCrossAttention, QueryPosition
 
@@ -156,6 +156,10 @@ def test_hugging_face_agrees(tmp_path):
     ours = pretrained_model(tmp_path)
     again = load_pretrained(ours.config.build(4), tmp_path).eval()
     assert type(ours.config) is ConditionalDETR and ours.config.nheads == 4 and len(ours.names) == 4
+    own = ours.state_dict()
+    in_memory = convert_names(theirs.state_dict(), own, conditional_layouts(ours.config))  # other names than in files
+    assert in_memory.keys() == own.keys()
+    assert_close(in_memory, own, rtol=0, atol=0, check_dtype=False)
     images = pictures(2, 75, 100).masked_fill(pad[:, None], 0)
     with torch.no_grad():
         found = theirs(images, (~pad).long())
