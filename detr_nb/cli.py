@@ -15,7 +15,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -42,12 +42,23 @@ from detr_nb.checks import (
     summary,
 )
 from .clinic import DiagnosisCallback
-from .config import BatchSize, Config, Place, Share, Switch, text_config
+from detr_nb.config import (
+    BatchSize,
+    Config,
+    ModelConfig,
+    Place,
+    Share,
+    Switch,
+    Text,
+    find_kind,
+    known_kinds,
+    text_config,
+)
 from .evaluation import evaluate
 from .files import json_text, locked, replacing
 from .loading import DataConfig
 from .measuring import default_device
-from .model import DETR, DETRDemo
+from .model import DETR, DETRConfig, DETRDemo
 from .notation import forward_names
 from .pretrained import predict_image, pretrained_model
 from .runs import Terminated, handle_signals
@@ -588,6 +599,55 @@ def check(options: CheckData) -> int:
         found += problems
     return int(any(problem.kind not in HARMLESS for problem in found))
 
+# %% ../nbs/18_cli.ipynb #18a00002
+@dataclass(frozen=True)
+class Models(Config):
+    """List the detectors that can be built: what each is, the options that it has
+    beyond DETR's, and published weights.
+
+    Args:
+        kinds: those to list, such as DABDETR; all if left out.
+    """
+
+    kinds: tuple[Text, ...] = ()
+
+
+def first_sentence(kind: type[Config]) -> str:
+    """What a kind is, in the first paragraph of its docstring."""
+    return " ".join((kind.__doc__ or "").partition("\n\n")[0].split())
+
+
+def default_text(default: object) -> str:
+    """A default as a command line has it; nothing where there is none."""
+    if default is None or default is MISSING:
+        return ""
+    if isinstance(default, Config):
+        return type(default).__name__
+    return json.dumps(default)
+
+# %% ../nbs/18_cli.ipynb #18a00003
+def own_options(kind: type[ModelConfig]) -> list[str]:
+    """Flags and values of the fields that DETR lacks, or has with another default."""
+    plain = {part.name: part.default for part in fields(DETRConfig)}
+    return [
+        f"--model.{part.name} {default_text(part.default)}".rstrip()
+        for part in fields(kind)
+        if plain.get(part.name, MISSING) != part.default or part.name not in plain
+    ]
+
+
+def list_models(options: Models) -> int:
+    """Print a paragraph for each kind."""
+    chosen = [find_kind(word, ModelConfig) for word in options.kinds]
+    for kind in chosen or known_kinds(ModelConfig).values():
+        print(f"{kind.__name__}: {first_sentence(kind)}")
+        for flag in own_options(kind):
+            print(f"    {flag}")
+        # those of a kind that this one is built on are not its own
+        if weights := vars(kind).get("WEIGHTS"):
+            print(f"    weights: {', '.join(weights)}")
+    return 0
+
 # %% ../nbs/18_cli.ipynb #18c00029
 def measure_peers(options: Bench) -> int:
     """`bench`, which replaces no other file than a record of its own."""
@@ -597,22 +657,20 @@ def measure_peers(options: Bench) -> int:
 
 
 COMMANDS: Mapping[str, tuple[type[Config], Callable[..., int]]] = {
+    "models": (Models, list_models),
     "predict": (Predict, predict),
     "train": (TrainConfig, train),
     "eval": (Eval, judge),
     "check-data": (CheckData, check),
     "bench": (Bench, measure_peers),
 }
-# fields of predict and eval that take words without a flag
-WORDS = {"images": "*", "folder": "?"}
+# fields that take words without a flag
+WORDS = {"models": {"kinds": "*"}, "predict": {"images": "*"}, "eval": {"folder": "?"}}
 
 # %% ../nbs/18_cli.ipynb #88b937a6
 def command_parser(name: str) -> OptionsParser:
     """The options of one command."""
-    kind = COMMANDS[name][0]
-    own = {part.name for part in fields(kind)} if name in ("predict", "eval") else ()
-    free = {word: WORDS[word] for word in WORDS if word in own}
-    return options_parser(kind, f"detr-nb {name}", free)
+    return options_parser(COMMANDS[name][0], f"detr-nb {name}", WORDS.get(name, {}))
 
 # %% ../nbs/18_cli.ipynb #18f00022
 def program_parser() -> OptionsParser:
@@ -635,7 +693,7 @@ def run_command(words: Sequence[str]) -> int:
     name = program_parser().parse_args(list(words[:1])).command
     kind, function = COMMANDS[name]
     rest = load_plugins(words[1:])
-    if "" in rest and name in ("predict", "eval"):  # it would be the working folder
+    if "" in rest and name in WORDS:  # it would be the working folder
         raise ValueError("one of the words is empty: is a variable of the shell unset?")
     return function(read_options(kind, command_parser(name), rest))
 

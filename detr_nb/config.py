@@ -534,9 +534,11 @@ class ModelConfig(Config):
 
     Attributes:
         FREE: fields that may differ between models of the same weights.
+        WEIGHTS: names of published weights that `pretrained_model` can fetch.
     """
 
     FREE: ClassVar[tuple[str, ...]] = ()
+    WEIGHTS: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def build(self, num_classes: int) -> nn.Module:

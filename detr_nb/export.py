@@ -9,6 +9,7 @@ __all__ = ['export_program', 'export_onnx']
 import json
 import os
 from copy import deepcopy
+from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
 
@@ -96,14 +97,27 @@ def export_program(model: nn.Module) -> "torch.export.ExportedProgram":
     finally:
         type_checks.update("jaxtyping_disable", before)
 
+# %% ../nbs/21_export.ipynb #21a00001
+def metadata_of(model: nn.Module) -> dict[str, str]:
+    """What must be known to read the numbers of a graph, each as JSON."""
+    scores, names = getattr(model, "scores", None), getattr(model, "names", None)
+    kind = {"kind": type(scores).__name__, **asdict(scores)} if scores else None
+    told = {
+        "names": list(names) if names else None,
+        "scores": kind,
+        "threshold": getattr(model, "threshold", None),
+    }
+    return {name: json.dumps(what) for name, what in told.items() if what is not None}
+
 # %% ../nbs/21_export.ipynb #e86b2d50
 @torch.no_grad()
 def export_onnx(model: nn.Module, path: str | Path) -> Path:
     """Write a detector as ONNX: inputs `images` and `pad`, outputs `logits` and `boxes`
     of the last layer.
 
-    Batch, height and width are free, as in `export_program`. The class names, if there
-    are any, are in the metadata under `names`, as JSON.
+    Batch, height and width are free, as in `export_program`. The metadata hold, as
+    JSON, `names` of the classes, if there are any, `scores` (how logits become scores)
+    and `threshold`.
 
     Args:
         model: stays as it is.
@@ -132,7 +146,6 @@ def export_onnx(model: nn.Module, path: str | Path) -> Path:
         raise ModuleNotFoundError(
             f"writing ONNX needs {error.name}: pip install onnx onnxscript"
         ) from error
-    if getattr(model, "names", None):
-        program.model.metadata_props["names"] = json.dumps(list(model.names))
+    program.model.metadata_props.update(metadata_of(model))
     program.save(path, external_data=False)
     return Path(path)

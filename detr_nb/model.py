@@ -859,6 +859,12 @@ class DETRConfig(ModelConfig):
     """
 
     FREE: ClassVar[tuple[str, ...]] = ("dropout", "aux_loss")
+    WEIGHTS: ClassVar[tuple[str, ...]] = (
+        "detr-r50",
+        "detr-r50-dc5",
+        "detr-r101",
+        "detr-r101-dc5",
+    )
     THRESHOLD: ClassVar[float] = 0.7  # the first `threshold` of a model
 
     backbone: BackboneConfig = ResNetConfig()

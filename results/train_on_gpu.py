@@ -2,6 +2,7 @@
 
     python results/train_on_gpu.py                                      planned for twelve minutes of a card
     DETR_NB_DATA=... python results/train_on_gpu.py --data bccd
+    python results/train_on_gpu.py --model DNDETR                       a descendant of DETR with the same sizes
 
 The record (curve, images a second, memory, how busy the card was) is written every twenty seconds, and says
 whether the run is finished. A run that was cut at any moment goes on when the command is given again, from a checkpoint
@@ -25,18 +26,20 @@ from typing import IO
 
 import torch
 
+from detr_nb.config import find_kind
 from detr_nb.files import json_text, replacing
 from detr_nb.formats import Sizes, VocData
 from detr_nb.loading import ShapesData
-from detr_nb.model import TinyModel
+from detr_nb.model import DETRConfig, TinyConfig, TinyModel
 from detr_nb.runs import Run, Terminated, describe_run
 from detr_nb.shapes import HARD
 from detr_nb.training import TrainConfig, fit
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = Path(".cache")
-LARGE = TinyModel(num_queries=40, widths=(64, 128, 256, 512), strides=(4, 8, 16, 16), hidden_dim=256, nheads=8,
-                  enc_layers=3, dec_layers=6, dim_feedforward=1024, dropout=0.0)
+SIZES = {"num_queries": 40, "hidden_dim": 256, "nheads": 8, "enc_layers": 3, "dec_layers": 6, "dim_feedforward": 1024,
+         "dropout": 0.0}
+LARGE = TinyModel(widths=(64, 128, 256, 512), strides=(4, 8, 16, 16), **SIZES)
 COMMON = TrainConfig(model=LARGE, batch_size=32, evaluations=6, bf16=True, ema=0.999, weight_ce=5, save_every=20)
 SMALL = {"batch_size": 4, "evaluations": 1, "log_every": 2, "save_every": 1, "scales": ()}
 
@@ -54,6 +57,13 @@ def photographs(small: bool) -> TrainConfig:
     sizes = Sizes(short_sides=(400, 440, 480), longest=640, crop=(320, 480), before_crop=(440, 480, 520), eval_side=480)
     data = VocData(Path(os.environ["DETR_NB_DATA"]) / "bccd", sizes=sizes, workers=0 if small else 8)
     return replace(COMMON, data=data, batch_size=16, scales=())
+
+
+def member(kind: str, small: bool) -> DETRConfig:
+    """A descendant of DETR with the sizes of the DETR that is trained here."""
+    plain = TinyModel() if small else COMMON.model
+    sizes = {name: getattr(plain, name) for name in SIZES}
+    return find_kind(kind, DETRConfig)(TinyConfig(plain.widths, plain.strides), temperature=20, **sizes)
 
 
 DATA = {"shapes": scenes, "bccd": photographs}
@@ -98,6 +108,7 @@ def main() -> None:
     """Train and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=DATA, default="shapes")
+    parser.add_argument("--model", help="a kind of `detr-nb models` that is built like DETR, such as DABDETR")
     parser.add_argument("--minutes", type=float, default=8, help="of training; drawing and evaluation come on top")
     parser.add_argument("--in_all", type=float, default=12, help="minutes after which it stops, saved")
     parser.add_argument("--seed", type=int, default=0)
@@ -107,12 +118,17 @@ def main() -> None:
     os.chdir(ROOT)
     if not (args.anywhere or torch.accelerator.is_available()):
         parser.error("torch finds no graphics card; --anywhere tries the script without one")
-    name = f"gpu_{args.data}_{args.minutes:g}min_seed{args.seed}{'_small' * args.anywhere}"
-    config = replace(DATA[args.data](args.anywhere), minutes=args.minutes, seed=args.seed, compile=args.compile,
+    kind = f"_{args.model}" if args.model else ""
+    name = f"gpu_{args.data}{kind}_{args.minutes:g}min_seed{args.seed}{'_small' * args.anywhere}"
+    config = DATA[args.data](args.anywhere)
+    if args.model:
+        config = replace(config, model=member(args.model, args.anywhere))
+    config = replace(config, minutes=args.minutes, seed=args.seed, compile=args.compile,
                      folder=str(CACHE / "runs" / name), **(SMALL if args.anywhere else {}))
-    flags = f"--data {args.data} --minutes {args.minutes:g} --seed {args.seed}{' --compile' if args.compile else ''}"
+    flags = f"--data {args.data} --minutes {args.minutes:g} --seed {args.seed}"
+    flags += f"{f' --model {args.model}' if args.model else ''}{' --compile' if args.compile else ''}"
     command = f"python results/train_on_gpu.py {flags}"
-    what = f"a larger DETR from scratch on a graphics card, {args.data}"
+    what = f"a larger {args.model or 'DETR'} from scratch on a graphics card, {args.data}"
     file = (CACHE / "runs" if args.anywhere else Path("results")) / f"{name}.json"
     earlier = json.loads(file.read_text("utf8"))["seconds_in_all"] if file.exists() else 0.0
     begun = written = time.time()

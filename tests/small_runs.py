@@ -13,12 +13,12 @@ from torch.utils.data import Dataset
 from torchvision.ops import FrozenBatchNorm2d
 
 from detr_nb.cache import render_scenes
-from detr_nb.config import ModelConfig
+from detr_nb.config import ModelConfig, find_kind
 from detr_nb.data import Preprocess
 from detr_nb.evaluation import evaluate
 from detr_nb.formats import CocoData, Sizes
 from detr_nb.loading import Augmented, DataConfig, MemoryDataset
-from detr_nb.model import DETR, TinyModel
+from detr_nb.model import DETR, TinyConfig, TinyModel
 from detr_nb.runs import find_accelerator
 from detr_nb.shapes import EASY, Scenes
 from detr_nb.steps import accumulate_gradients, ready_to_train
@@ -142,9 +142,37 @@ def gradients(config: TrainConfig, parts: int, mean_of_means: bool = False) -> d
     return {"gradient": gradient, "total": total, "metrics": repr(evaluate(run.model, val, 2, shared=True))}
 
 
+@dataclass(frozen=True)
+class Lonely(DataConfig):
+    """Four scenes, of which one has objects."""
+
+    def load(self) -> tuple[MemoryDataset, MemoryDataset]:
+        """Four scenes to learn from, and five others."""
+        drawn = series(4, 1)
+        nothing = {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
+        targets = [drawn.targets[0], *({**target, **nothing} for target in drawn.targets[1:])]
+        return MemoryDataset(drawn.images, targets, drawn.names, drawn.category_ids), series(5, 2)
+
+
+LONELY = replace(CONFIG, data=Lonely(), steps=3, evaluations=0, ema=0, log_every=1)
+MEMBERS = ("FocalDETR", "ConditionalDETR", "AnchorDETR", "DABDETR", "SMCADETR", "DNDETR")
+
+
+def lonely_member(kind: str) -> ModelConfig:
+    """A member of the family of the size of `SIZES`."""
+    sizes = {name: getattr(SIZES, name) for name in ("num_queries", "nheads", "dec_layers", "dim_feedforward")}
+    body = TinyConfig(SIZES.widths, SIZES.strides)
+    return find_kind(kind, ModelConfig)(body, hidden_dim=32, enc_layers=1, temperature=20, **sizes)
+
+
 def two_processes(folder: str) -> None:
-    """What `test_distributed` compares: gradients, figures, and a run that is told to end after seven steps."""
+    """What `test_distributed` compares: gradients, figures, members of the family of which one process sees no object,
+    and a run that is told to end after seven steps."""
     torch.set_num_threads(1)
+    for kind in MEMBERS:
+        run = fit(replace(LONELY, model=lonely_member(kind)))
+        row = [run.step, run.history[-1]["total"], run.model.state_dict()]
+        torch.save(row, Path(folder) / f"{kind}{find_accelerator().process_index}.pt")
     found = {parts: gradients(SHARED, parts) for parts in (1, 2)}
     if find_accelerator().is_main_process:
         torch.save(found, Path(folder) / "gradients.pt")

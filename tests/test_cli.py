@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -32,12 +33,14 @@ from detr_nb.cli import (
     predict,
     result_paths,
 )
+from detr_nb.config import HOMES, ModelConfig, find_kind, known_kinds
 from detr_nb.data import Preprocess
 from detr_nb.formats import write_coco
 from detr_nb.model import DETR, detr_tiny
-from detr_nb.pretrained import predict_image, pretrained_model
+from detr_nb.pretrained import PUBLISHED, predict_image, pretrained_model
 from detr_nb.shapes import DEFAULT, EASY, NAMES, Scenes
 from detr_nb.terminal import read_options
+from detr_nb.training import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTOGRAPHS = sorted((DATA / "bccd" / "JPEGImages").glob("*.jpg"))
@@ -250,6 +253,35 @@ def test_the_help_tells_every_option(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "predict" in capsys.readouterr().out
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+def test_every_detector_is_listed_with_what_it_is(capsys):
+    assert main(["models"]) == 0
+    listed = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if not line.startswith(" "))
+    assert listed.keys() == known_kinds(ModelConfig).keys()
+    assert all(words.endswith(".") for words in listed.values())
+
+
+@pytest.mark.parametrize("name", [name for name in HOMES if name.endswith("DETR")])
+def test_the_listed_options_are_the_defaults_and_can_be_typed(name, capsys):
+    assert main(["models", name]) == 0
+    flags = [word for line in capsys.readouterr().out.splitlines() for word in line.split(maxsplit=1) if "--" in line]
+    words = ["--data", "ShapesData", "--model", name, *flags]
+    config = read_options(TrainConfig, command_parser("train"), words)
+    assert config.model == find_kind(name, ModelConfig)()
+
+
+def test_names_of_published_weights_are_those_that_can_be_fetched():
+    ours = [name for kind in known_kinds(ModelConfig).values() for name in vars(kind).get("WEIGHTS", ())]
+    assert len(ours) > 8 and len(set(ours)) == len(ours)
+    assert [name for name in ours if name not in PUBLISHED and not re.fullmatch(r"[\w-]+/[\w.-]+", name)] == []
+
+
+def test_an_unknown_kind_is_one_line(capsys):
+    assert main(["models", "VGG"]) == 2
+    said = capsys.readouterr()
+    assert not said.out and "DABDETR" in said.err and len(said.err.splitlines()) == 1
 
 
 # --- train, eval, check-data --------------------------------------------------------------------------------------

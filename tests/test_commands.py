@@ -157,7 +157,7 @@ def test_the_help_of_every_command_is_whole(name, capsys):
 
 
 WORDS = {
-    "no command": ([], "name a command: predict, train, eval, check-data, bench"),
+    "no command": ([], "name a command: models, predict, train, eval, check-data, bench"),
     "another command": (["find"], "invalid choice: 'find'"),
     "an unset variable": (["predict", ""], "one of the words is empty"),
     "a flag that is none": (["predict", "a.png", "--treshold", "1"], "did you mean --threshold?"),

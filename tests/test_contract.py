@@ -4,14 +4,18 @@ What is *not* promised: that padding an image leaves its detections unchanged. A
 border of the picture, so padded batches are compared with the official outputs (test_model.py) instead.
 """
 
+import json
 import math
+import os
 import pkgutil
 import re
+import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import cache, partial
 from importlib import import_module
+from pathlib import Path
 from unittest.mock import patch
 
 import onnxruntime
@@ -30,6 +34,7 @@ import detr_nb.family
 from detr_nb.config import KINDS, complete
 from detr_nb.export import export_onnx, export_program
 from detr_nb.family.focal import FocalDETR
+from detr_nb.formats import Sizes, VocData
 from detr_nb.insight import attention_maps, capture_attention
 from detr_nb.losses import SetCriterion, criterion_for
 from detr_nb.model import (
@@ -45,6 +50,7 @@ from detr_nb.model import (
 )
 from detr_nb.notation import Memory, Output, Target
 from detr_nb.pretrained import pretrained_model
+from detr_nb.steps import activation_checkpointing
 from detr_nb.training import TrainConfig, fit
 
 CLASSES, QUERIES, LAYERS = 4, 7, 2
@@ -427,6 +433,53 @@ def test_a_member_takes_a_step_of_fit(name):
     assert 0 <= run.metrics["AP"] <= 1
 
 
+BCCD = VocData(Path(__file__).parent / "data" / "bccd", train_split="trainval", val_split="trainval",
+               sizes=Sizes((64, 96), 128, (), eval_side=64), workers=0)
+
+
+@every_member
+def test_a_member_learns_from_photographs_and_goes_on_bit_for_bit(name, tmp_path):
+    few = {"steps": 3, "batch_size": 2, "evaluations": 1, "log_every": 1, "scales": (), "progress": False}
+    model = MEMBERS[name](**{**SIZES, "num_queries": 30, "dropout": 0.1})
+
+    def stop(run) -> None:
+        if run.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    whole = fit(TrainConfig(BCCD, model, folder=str(tmp_path / "whole"), **few))
+    with pytest.raises(SystemExit):
+        fit(TrainConfig(BCCD, model, folder=str(tmp_path / "cut"), **few), watch=stop)
+    again = fit(TrainConfig(BCCD, model, folder=str(tmp_path / "cut"), **few))
+    assert again.step == whole.step == 3 and 0 <= whole.metrics["AP"] <= 1
+    torch.testing.assert_close(again.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
+
+
+@every_member
+def test_layers_of_a_member_that_are_computed_twice_give_the_same_gradients(name):
+    found = []
+    for twice in (False, True):
+        model, targets = frozen_norms(member(name)).train(), some_targets()
+        criterion = criterion_for(model)
+        with activation_checkpointing(model) if twice else nullcontext():
+            torch.manual_seed(0)
+            criterion.total(criterion(model(images(), targets=targets), targets)).backward()
+        found.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(found[1], found[0])
+
+
+@every_member
+def test_a_member_trains_with_numbers_of_16_bits(name):
+    model, targets = frozen_norms(member(name)).train(), some_targets()
+    criterion, losses = criterion_for(model), []
+    for bf16 in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            torch.manual_seed(0)
+            losses.append(criterion.total(criterion(model(images(), targets=targets), targets)))
+    losses[1].backward()
+    assert abs(losses[1] - losses[0]) < 0.05 * losses[0]
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 @every_member
 def test_every_attention_of_a_member_can_be_looked_at(name):
     model = member(name)
@@ -460,6 +513,9 @@ def test_a_member_is_exported_with_a_free_batch_and_size(name, tmp_path):
     recorded = export_program(model)
     with patch("detr_nb.export.export_program", return_value=recorded):  # recorded once, read twice
         session = onnxruntime.InferenceSession(export_onnx(model, tmp_path / "model.onnx"))
+    told = session.get_modelmeta().custom_metadata_map
+    assert json.loads(told["scores"]) == {"kind": "SigmoidScores", "top": model.scores.top, "spare": model.scores.spare}
+    assert json.loads(told["threshold"]) == model.threshold
     program = recorded.module()
     for count, height, width in ((1, 64, 64), (3, 96, 160)):
         pictures = torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(1))

@@ -1,5 +1,6 @@
 """Two processes and accumulated parts against one process with the whole batch, by torch's own launcher."""
 
+import math
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import SHARED, gradients
+from small_runs import LONELY, MEMBERS, SHARED, gradients, lonely_member
 from torch.testing import assert_close
 
 from detr_nb.training import fit
@@ -62,6 +63,19 @@ def test_a_mean_of_means_has_another_gradient(alone):
 def test_five_images_over_two_processes_are_counted_once(shared, alone):
     found = torch.load(shared / "gradients.pt", weights_only=True)
     assert found[1]["metrics"] == alone["metrics"]
+
+
+@pytest.mark.parametrize("kind", MEMBERS)
+def test_a_member_learns_on_though_one_process_sees_no_object(shared, kind):
+    """Of four images one has objects, so in each step one of the two processes has none; both keep the same weights."""
+    (step, total, state), other = (torch.load(shared / f"{kind}{i}.pt", weights_only=True) for i in range(2))
+    assert step == other[0] == 3 and math.isfinite(total)
+    learned = {name for name in state if "running" not in name and "num_batches" not in name}
+    for name in learned:  # each process has statistics of its own
+        assert torch.equal(state[name], other[2][name]) and state[name].isfinite().all(), name
+    torch.manual_seed(LONELY.seed)
+    fresh = lonely_member(kind).build(5).state_dict()
+    assert sum(not torch.equal(state[name], fresh[name]) for name in learned) > 0.8 * len(learned)
 
 
 def test_a_run_of_two_processes_is_told_to_end_and_goes_on_in_one(shared):

@@ -11,6 +11,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from detr_nb.model import TinyModel
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -76,6 +78,17 @@ def test_the_use_of_a_card_is_read_from_what_was_written_so_far():
     assert gpu.card_use(StringIO("[N/A], 5\n")) is None and gpu.card_use(None) is None
 
 
+@pytest.mark.parametrize("small", [False, True])
+def test_a_member_on_a_card_has_the_sizes_of_detr(small):
+    gpu = load("results/train_on_gpu.py")
+    plain = TinyModel() if small else gpu.COMMON.model
+    for kind in ("ConditionalDETR", "AnchorDETR", "DABDETR", "SMCADETR", "DNDETR"):
+        member = gpu.member(kind, small)
+        assert type(member).__name__ == kind and member.temperature == plain.temperature
+        assert {name: getattr(member, name) for name in gpu.SIZES} == {name: getattr(plain, name) for name in gpu.SIZES}
+        assert (member.backbone.widths, member.backbone.strides) == (plain.widths, plain.strides)
+
+
 @pytest.mark.slow
 def test_a_record_of_a_run_beside_a_card_says_whether_it_is_finished(tmp_path, monkeypatch):
     """The whole way at small size, on a processor; nothing stays in the repository's results."""
@@ -84,9 +97,9 @@ def test_a_record_of_a_run_beside_a_card_says_whether_it_is_finished(tmp_path, m
     monkeypatch.chdir(tmp_path)
     records = []
     for limit in ("0", "12"):  # over after the first row; then goes on
-        monkeypatch.setattr("sys.argv", ["train_on_gpu.py", "--anywhere", "--minutes", "0.02", "--in_all", limit])
+        monkeypatch.setattr("sys.argv", ["train_on_gpu.py", "--anywhere", "--minutes", "0.1", "--in_all", limit])
         gpu.main()
-        file = tmp_path / ".cache" / "runs" / "gpu_shapes_0.02min_seed0_small.json"
+        file = tmp_path / ".cache" / "runs" / "gpu_shapes_0.1min_seed0_small.json"
         records.append(json.loads(file.read_text("utf8")))
     cut, record = records
     assert not cut["finished"] and cut["steps"] == 2 and record["curve"][0] == cut["curve"][0]

@@ -1529,6 +1529,53 @@ import json
 """,
         },
     ),
+    ("30", "check_offset_to"): Answers(
+        right="""
+def offset_to(start, goal, eps=1e-5):
+    logit = lambda x: (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
+    said = logit(goal)
+    said[:, : start.shape[1]] -= logit(start)
+    return said
+""",
+        wrong={
+            "a difference of shares": """
+def offset_to(start, goal, eps=1e-5):
+    return goal - F.pad(start, (0, 4 - start.shape[-1]))
+""",
+            "the other way": [("inverse_sigmoid(goal, eps) - F", "-inverse_sigmoid(goal, eps) + F")],
+            "the whole goal": """
+def offset_to(start, goal, eps=1e-5):
+    return inverse_sigmoid(goal, eps)
+""",
+            "sizes of a point count from zero": [
+                ("F.pad(base, (0, 4 - base.shape[-1]))", "F.pad(base, (0, 4 - base.shape[-1]), value=-11.5)"),
+            ],
+            "points are sizes": [("(0, 4 - base.shape[-1])", "(4 - base.shape[-1], 0)")],
+            "no eps": [("inverse_sigmoid(start, eps)", "torch.logit(start)")],
+            "always this eps": [("inverse_sigmoid(start, eps)", "inverse_sigmoid(start)")],
+        },
+    ),
+    ("30", "check_grid_logits"): Answers(
+        right="""
+def grid_logits(rows, columns):
+    found = []
+    for row in range(rows):
+        for column in range(columns):
+            found.append([(2 * column + 1) / (2 * columns), (2 * row + 1) / (2 * rows)])
+    return torch.logit(torch.tensor(found))
+""",
+        wrong={
+            "y first": [("torch.stack((x, y), -1)", "torch.stack((y, x), -1)")],
+            "column by column": [(".flatten(0, 1)", ".transpose(0, 1).flatten(0, 1)")],
+            "shares": [("return inverse_sigmoid", "return ")],
+            "corners of the cells": [("+ 0.5", "+ 1")],
+            "from border to border": [
+                ("(torch.arange(rows) + 0.5) / rows", "torch.linspace(0, 1, rows)"),
+                ("(torch.arange(columns) + 0.5) / columns", "torch.linspace(0, 1, columns)"),
+            ],
+            "rows and columns exchanged": [("(rows) + 0.5) / rows", "(rows) + 0.5) / columns")],
+        },
+    ),
     ("31", "check_share_of_softmax"): Answers(
         right="""
 def share_of_softmax(score, no_object_weight):

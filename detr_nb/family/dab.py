@@ -96,6 +96,10 @@ class DABDETR(ConditionalDETR):
 
     CLASS_WEIGHT: ClassVar[Number] = 1.0
     TOP: ClassVar[int] = 300
+    WEIGHTS: ClassVar[tuple[str, ...]] = tuple(
+        f"IDEA-Research/dab-detr-resnet-50{variant}"
+        for variant in ("", "-pat3", "-dc5", "-dc5-pat3", "-dc5-fixxy")
+    )
 
     temperature: Positive = 20
     num_patterns: Layers = 0
