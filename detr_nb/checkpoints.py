@@ -247,8 +247,10 @@ def read_torch(path: Path) -> Checkpoint:
     )
 
 # %% ../nbs/88_checkpoints.ipynb #c875908b
-# Hugging Face's names of the models that have a chapter here
-MODEL_TYPES = ("detr", "table-transformer", "conditional_detr", "dab-detr")
+# Hugging Face's names of the models that have a chapter here; those that come first
+# have a column for no-object
+SOFTMAX_TYPES = ("detr", "table-transformer")
+MODEL_TYPES = (*SOFTMAX_TYPES, "conditional_detr", "dab-detr")
 
 
 def folder_config(folder: Path) -> dict:
@@ -386,11 +388,12 @@ def label_table(config: Mapping[str, object], file: Path) -> dict[int, str]:
 
 
 def label_names(
-    told: Mapping[int, str], state: Mapping[str, Tensor], file: Path
+    told: Mapping[int, str], state: Mapping[str, Tensor], file: Path, spare: int = 1
 ) -> list[str]:
-    """The name of each label; those that have none are called as Hugging Face does."""
+    """The name of each label; those that have none are called as Hugging Face does;
+    `spare` columns of the class head are no label."""
     heads = [len(v) for name, v in state.items() if name.endswith(CLASS_BIAS)]
-    count = heads[0] - 1 if heads else max(told) + 1
+    count = heads[0] - spare if heads else max(told) + 1
     unnamed = [label for label in range(count) if label not in told]
     beyond = [label for label in told if not 0 <= label < count]
     if unnamed or beyond:
@@ -427,7 +430,8 @@ def read_hugging_face(path: Path) -> Checkpoint:
     state = state if config else unwrapped(state)  # theirs begin with `model.` too
     told, names, ids = label_table(config, folder / CONFIG), None, None
     if told:
-        names = label_names(told, state, folder / CONFIG)
+        spare = int(config.get("model_type", "detr") in SOFTMAX_TYPES)
+        names = label_names(told, state, folder / CONFIG, spare)
         ids = list(range(len(names)))
     settings = config_settings(config)
     rest = {"preprocess": folder_preprocess(folder), "told": config}

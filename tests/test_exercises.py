@@ -1611,6 +1611,46 @@ def real_classes(logits, names):
             "COCO's whatever the names": [("enumerate(names)", "enumerate(COCO_NAMES)")],
         },
     ),
+    ("32", "check_two_part_scores"): Answers(
+        right="""
+def two_part_scores(content_q, place_q, content_k, place_k, heads):
+    pairs = ((content_q, content_k), (place_q, place_k))
+    scores = [torch.einsum("bqhk,bshk->bhqs", q.unflatten(-1, (heads, -1)), k.unflatten(-1, (heads, -1)))
+              for q, k in pairs]
+    return sum(scores) / math.sqrt(2 * content_q.shape[-1] / heads)
+""",
+        wrong={
+            "join, then cut": [
+                ("(part.unflatten(-1, (heads, -1)) for part in (content, place))", "(content, place)"),
+                ("-1).transpose(1, 2)", "-1).unflatten(-1, (heads, -1)).transpose(1, 2)"),
+            ],
+            "the old divisor": [("q.shape[-1] ** 0.5", "(q.shape[-1] / 2) ** 0.5")],
+            "added": [("torch.cat(list(parts), -1)", "sum(parts)")],
+            "added, the new divisor": [
+                ("torch.cat(list(parts), -1)", "sum(parts)"), ("q.shape[-1] ** 0.5", "(2 * q.shape[-1]) ** 0.5"),
+            ],
+            "weights, not scores": [("return q @", "return (q @"), ("** 0.5", "** 0.5).softmax(-1)")],
+            "divided by the width": [("q.shape[-1] ** 0.5", "q.shape[-1]")],
+        },
+    ),
+    ("32", "check_scale_to"): Answers(
+        right="""
+def scale_to(point, goal, width):
+    scale = []
+    for j in range(0, width, 2):
+        a, b = (2 * math.pi * float(share) / 20 ** (j / width) for share in (point, goal))
+        scale += [math.sin(b) / math.sin(a), math.cos(b) / math.cos(a)]
+    return torch.tensor(scale)
+""",
+        wrong={
+            "the other way round": [("there / here", "here / there")],
+            "the difference": [("there / here", "there - here")],
+            "the goal's sine alone": [("there / here", "there")],
+            "one factor a pair": [("there / here", "(there / here).view(-1, 2).mean(1).repeat_interleave(2)")],
+            "the quotient of the shares": [("there / here", "(goal / point).expand(width)")],
+            "another temperature": [("width, 20)", "width)")],
+        },
+    ),
     ("33", "check_fused_row_column"): Answers(
         right="""
 def fused_row_column(q, q_down, k, k_down, v):
