@@ -254,6 +254,8 @@ def test_queries_without_boxes_and_targets_that_cannot_be_are_refused():
     bad = Target(labels=torch.tensor([4]), boxes=torch.tensor([[0.5, 0.5, 0.1, 0.1]]), image_id=12)
     with pytest.raises(ValueError, match=r"image 12: label 4 of target 0 is outside 0\.\.3"):
         NoisedQueries(ReferenceQueries(3, 8), known)(empty_memory(1), [bad])
+    with pytest.raises(ValueError, match="2 images but 1 targets"):
+        NoisedQueries(ReferenceQueries(3, 8), known)(empty_memory(2), [NOTHING])
     for field, value in (("scalar", 0), ("label_noise_scale", 1.5), ("box_noise_scale", -0.1)):
         with pytest.raises(ConfigError, match=field):
             replace(TINY, **{field: value})

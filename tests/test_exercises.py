@@ -1725,6 +1725,9 @@ def box_path(start, steps):
             "steps are added to shares": [("(inverse_sigmoid(path[-1], 1e-3) + step).sigmoid()", "path[-1] + step")],
             "every layer counts from the start": [("inverse_sigmoid(path[-1], 1e-3)", "inverse_sigmoid(start, 1e-3)")],
             "another floor": [("path[-1], 1e-3", "path[-1], 1e-5")],
+            "a floor at one end only": [
+                ("inverse_sigmoid(path[-1], 1e-3)", "(path[-1].clamp(min=1e-3) / (1 - path[-1])).log()")
+            ],
             "the start is left out": [("torch.stack(path)", "torch.stack(path[1:])")],
         },
     ),

@@ -276,7 +276,7 @@ ROW_COLUMN: Rules = (
     (r"^(.*decoder_layers.*\.)cross_attn\.in_proj_(\w+)$", r"\1cross_attn" + STACK),
     (r"\.cross_attn\.", ".cross."),
 )
-DENSE: Rules = (  # their file has a map that nobody asks
+DENSE: Rules = (  # their file has an adapter that is never used
     (r"^transformer\.adapt_pos1d\..*", ""),
     (r"\.cross_attn\.", ".cross.attention."),
 )

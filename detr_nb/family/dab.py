@@ -90,8 +90,8 @@ class DABDETR(ConditionalDETR):
     Args:
         temperature: of the sine positions of the cells.
         num_patterns: contents that each box is asked with; 0 asks once, with zeros.
-        random_refpoints_xy: the centres of the boxes are drawn, and not learned.
-        prelu: the feed-forward nets learn what they let through below zero.
+        random_refpoints_xy: the centres of the boxes are drawn, and get no gradient.
+        prelu: PReLU in the feed-forward nets; ReLU if False.
     """
 
     CLASS_WEIGHT: ClassVar[Number] = 1.0

@@ -27,11 +27,13 @@ def inverse_sigmoid(
     Args:
         share: from 0 to 1; what lies outside counts as the end.
         eps: what 0, and the distance from 1, count as at least: 1e-5 in Conditional
-            and Deformable DETR, 1e-3 in DAB, DN and DINO.
+            and Deformable DETR, 1e-3 in DAB, DN and DINO. In float16 it is at least
+            6e-5, since the inverse of less is infinite there.
 
     Source: `inverse_sigmoid` of Deformable DETR's published code.
     """
     share = share.clamp(0.0, 1.0)  # whole numbers break a graph in ONNX
+    eps = max(eps, torch.finfo(share.dtype).tiny)
     return (share.clamp(min=eps) / (1 - share).clamp(min=eps)).log()
 
 # %% ../../nbs/family/30_references.ipynb #30f00101
@@ -62,14 +64,23 @@ class ReferenceQueries(nn.Module):
         numbers: of a reference: 2 for a point, 4 for a box.
         patterns: contents that each place is asked with; 0 asks once, with zeros.
             Queries are ordered pattern by pattern.
-        fixed: so many numbers of each reference, the first, are drawn once, evenly, and
-            never learned.
+        fixed: the first so many numbers of each reference are drawn once, evenly from
+            0 to 1, and get no gradient.
+
+    Raises:
+        ValueError: if there is no place, or more fixed numbers than a reference has.
     """
 
     def __init__(
         self, count: int, d: int, numbers: int = 4, patterns: int = 0, fixed: int = 0
     ):
         super().__init__()
+        if count < 1 or patterns < 0 or not 0 <= fixed <= numbers:
+            raise ValueError(
+                "references need at least one place, no negative number of patterns, and"
+                f" at most {numbers} fixed numbers; got {count} places, {patterns}"
+                f" patterns, {fixed} fixed"
+            )
         self.d, self.fixed = d, fixed
         self.references = nn.Embedding(count, numbers)
         drawn = inverse_sigmoid(torch.rand(count, fixed), 1e-3)
@@ -117,27 +128,36 @@ class ReferenceQueries(nn.Module):
 class ReferenceHead(Head):
     """Class scores, and boxes that count from a reference, which stays where it is.
 
-    A fresh head says yes to one class in a hundred, and its boxes start at the
-    references: the last map of the boxes is zero.
+    In a fresh head every class has a score of 0.01, and boxes are the references: the
+    last map of the boxes is zero.
 
     Args:
         d: model width.
         columns: columns of the logits.
-        eps: of `inverse_sigmoid`.
+        eps: of `inverse_sigmoid`, above 0 and below 0.5.
+
+    Raises:
+        ValueError: if `eps` is out of range, or the queries have no reference.
     """
 
     def __init__(self, d: int, columns: int, eps: Number = 1e-5):
         super().__init__(d, columns)
+        if not 0 < eps < 0.5:
+            raise ValueError(f"eps must be above 0 and below 0.5, got {eps}")
         self.eps = eps
         nn.init.constant_(self.classes.bias, SigmoidScores.start)
         nn.init.zeros_(self.boxes[-1].weight)
         nn.init.zeros_(self.boxes[-1].bias)
 
     def move(
-        self, content: Float[Tensor, "b q d"], base: Float[Tensor, "b q r"]
+        self, content: Float[Tensor, "b q d"], base: Float[Tensor, "b q r"] | None
     ) -> Float[Tensor, "b q 4"]:
-        """Boxes: what the content says is added to the logits of the reference; a point
-        gives the centre only."""
+        """Boxes: what is made of the content is added to the logits of the reference; a
+        point gives the centre only."""
+        if base is None:
+            raise ValueError(
+                "boxes count from a reference, but these queries have none"
+            )
         start = inverse_sigmoid(base, self.eps)
         return (self.boxes(content) + F.pad(start, (0, 4 - base.shape[-1]))).sigmoid()
 
