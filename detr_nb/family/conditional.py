@@ -9,6 +9,7 @@ __all__ = ['xavier_maps', 'TwoPartCrossAttention', 'ScaledQueryPosition', 'Condi
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -182,6 +183,8 @@ class ScaledQueryPosition(nn.Module):
 class ConditionalDETR(FocalDETR):
     """Conditional DETR (Meng et al. 2021): content and place have attention of their
     own. It has no option that DETR does not have."""
+
+    WEIGHTS: ClassVar[tuple[str, ...]] = ("microsoft/conditional-detr-resnet-50",)
 
     def queries(self, columns: int, memory: nn.Module) -> nn.Module:
         """Learned vectors, each with a point."""
