@@ -99,7 +99,7 @@ def test_the_front_page_shows_every_path_and_every_page_in_the_order_of_the_book
     assert re.findall(r"^```{reading-path} (.+)$", FRONT, re.M) == [path.name for path in reading.PATHS]
     tables = re.findall(r"^```{page-table}\n(.*?)^```$", FRONT, re.M | re.S)
     rows = [line.partition(":")[0] for table in tables for line in table.splitlines()]
-    assert len(tables) == 5 and rows == sorted(READ, key=rows.index)
+    assert len(tables) == 6 and rows == sorted(READ, key=rows.index)
     order = {page: index for index, page in enumerate(READ)}
     for table in tables:
         places = [order[line.partition(":")[0]] for line in table.splitlines()]
