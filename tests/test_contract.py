@@ -336,7 +336,7 @@ def test_the_suite_knows_the_members():
 # Statements of a member beyond 30 and 31, each on one line: what readers of its page have to take in. Names in others'
 # files and their readers do not count. The aim was 40, and 60 where the attention is new (conditional, Anchor) and for
 # SMCA; Anchor misses it.
-LENGTHS = {"conditional": 60, "anchor": 95, "dab": 40, "smca": 55, "denoising": 30}
+LENGTHS = {"conditional": 60, "anchor": 95, "dab": 40, "smca": 60, "denoising": 30}
 SHARED = {"xavier_maps", "Noise", "NoisedQueries"}  # with other members
 
 
