@@ -481,6 +481,13 @@ def encode_weights(weights: Float[Tensor, "q s"]) -> str:
         (255 * roots).round().to(torch.uint8).cpu().numpy().tobytes()
     ).decode()
 
+
+def decode_weights(text: str, grid: tuple[int, int]) -> Float[np.ndarray, "q y x"]:
+    """The shares that such a text holds, over the cells of a grid."""
+    roots = np.frombuffer(base64.b64decode(text), np.uint8)
+    shares = (roots.reshape(-1, *grid) / 255.0) ** 2
+    return shares / shares.sum((1, 2), keepdims=True)
+
 # %% ../nbs/91_explorables.ipynb #6059f73d
 @torch.no_grad()
 def record_attention(
@@ -559,11 +566,8 @@ class AttentionView(Explorable):
         boxes, labels = (
             torch.tensor([one[key] for one in found]) for key in ("box", "label")
         )
-        grid = (-1, self.record["rows"], self.record["columns"])
-        heads = [
-            np.frombuffer(base64.b64decode(head), np.uint8).reshape(grid)
-            for head in self.record["decoder"]
-        ]
+        grid = (self.record["rows"], self.record["columns"])
+        heads = [decode_weights(head, grid) for head in self.record["decoder"]]
         left, right = axes_grid(2, 2, 3.4, 3.4)
         show_image(
             from_data_url(self.record["image"]),
@@ -574,9 +578,8 @@ class AttentionView(Explorable):
             ax=left,
         )
         title = f"where object {self.object + 1} looks"
-        shares = [(head[self.object] / 255.0) ** 2 for head in heads]
         heatmap(
-            sum(share / share.sum() for share in shares) / len(shares),
+            sum(head[self.object] for head in heads) / len(heads),
             title=title,
             numbers=False,
             ax=right,
@@ -815,11 +818,10 @@ class PlaceView(Explorable):
         point = ((column + 0.5) / grid, (row + 0.5) / grid)
         for one, ax in zip(members, axes_grid(len(members), 3, 2.45, 2.6), strict=True):
             said = one[self.layer]
-            shape = (grid, grid, one["rows"], one["columns"])
-            roots = np.frombuffer(base64.b64decode(said["weights"]), np.uint8)
-            shares = torch.tensor(roots.reshape(shape)[row, column] / 255.0) ** 2
+            shares = decode_weights(said["weights"], (one["rows"], one["columns"]))
+            weights = torch.tensor(shares[row * grid + column], dtype=torch.float32)
             box = torch.tensor(said["boxes"])[[row * grid + column]]
-            show_weights(image, shares.float(), box, point, one["name"], ax)
+            show_weights(image, weights, box, point, one["name"], ax)
 
     def in_words(self) -> str:
         """What the still picture shows."""
