@@ -186,7 +186,8 @@ def test_packed_shares_come_back():
 def test_what_attention_says_in_numbers_is_what_the_library_says():
     draw = torch.Generator().manual_seed(0)
     weights, boxes = torch.randn(20, 6 * 8, generator=draw).double().softmax(-1), random_boxes(20, 7)
-    rows, columns = torch.cartesian_prod((torch.arange(6.0) + 0.5) / 6, (torch.arange(8.0) + 0.5) / 8).double().unbind(1)
+    middles = [(torch.arange(n, dtype=torch.float64) + 0.5) / n for n in (6, 8)]
+    rows, columns = torch.cartesian_prod(*middles).unbind(1)
     xy = torch.stack((columns, rows), -1)
     script = ("const { meanDistance, shareInside } = await from('looking'); console.log(JSON.stringify(data.map("
               "([w, box]) => [shareInside(w, box, 6, 8), meanDistance(w, box.slice(0, 2), 6, 8)])))")
@@ -583,10 +584,10 @@ def test_heads_and_gaze_answer(browser):
 @pytest.mark.slow
 def test_a_query_is_moved_by_keys(browser):
     page = opened(browser)
-    assert "from 0.50 from the left and 0.50 from the top" in words(page, 7)
+    assert "stands 0.50 from the left and 0.50 from the top" in words(page, 7)
     page.evaluate("document.querySelector('.xp-point').focus()")
     page.press("ArrowRight")
-    assert "from 0.64 from the left and 0.50 from the top" in words(page, 7)
+    assert "stands 0.64 from the left and 0.50 from the top" in words(page, 7)
     page.close()
 
 

@@ -119,8 +119,8 @@ export function render({ model, el }) {
     const where = `${two(x)} from the left and ${two(y)} from the top`;
     put(point, { "aria-label": `place of the query: ${where}` });
     say(
-      `${name}, ${which} decoder layer: from ${where} the query looks at about ${cells} of ${rows * columns} cells, ` +
-        `on average ${distance} away; ${Math.round(100 * inside)} % of it lies in its box. ` +
+      `${name}, ${which} decoder layer: the query stands ${where} and looks at about ${cells} of ${rows * columns} cells, ` +
+        `on average ${distance} away; ${Math.round(100 * inside)} % of its attention lies in its box. ` +
         `It says ${says}: ${boxInWords(box)}.`,
     );
   };
