@@ -769,8 +769,14 @@ def record_places(
             share of the image.
 
     Raises:
-        ValueError: if the queries of a detector have no reference.
+        ValueError: if there is no place or no size, or the queries of a detector have
+            no reference.
     """
+    if grid < 1 or not 0 < side <= 1:
+        raise ValueError(
+            "the query needs at least one place in a row, and a side above 0 and up to"
+            f" 1, got grid={grid}, side={side}"
+        )
     middles, sides = (torch.arange(grid) + 0.5) / grid, torch.full((grid, 2), side)
     rows = [
         torch.cat((middles[:, None], middle.expand(grid, 1), sides), 1)

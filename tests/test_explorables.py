@@ -390,6 +390,13 @@ def test_without_a_reference_nothing_can_be_moved():
     assert not model.queries._forward_hooks
 
 
+@pytest.mark.parametrize("wrong", [{"grid": 0}, {"side": 0.0}, {"side": 1.5}])
+def test_a_place_needs_a_grid_and_a_size(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        explorables.record_places({"DAB": member(DABDETR)}, SCENE, **wrong)
+
+
 @pytest.mark.parametrize(("change", "complaint"), [
     ({"record": {}}, "record"), ({"member": 5}, "member"), ({"place": [0, 4]}, "place"), ({"place": [4, 0]}, "place"),
 ])
