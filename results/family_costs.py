@@ -1,16 +1,17 @@
-"""Measure what a training step of each descendant costs beside DETR's, with nothing else running: three minutes.
+"""Measure what a training step of each descendant costs beside DETR's, with nothing else running: some ten minutes.
 
     python results/family_costs.py              writes results/family_costs.json
     python results/family_costs.py --rounds 2   a trial, which writes nothing
 
-All have the sizes of `detr_tiny` and learn from the same batch of drawn scenes. A round takes a step of each, in turn,
-on one core, so that whatever else slows the machine slows all of them. Anchor DETR asks each point with one pattern, so
-that the number of queries is the same.
+First all have the sizes of `detr_tiny` and learn from sixteen drawn scenes, then all have those of the paper
+(ResNet-50, 100 queries) and learn from two larger ones. A round takes a step of each, in turn, on one core, so that
+whatever else slows the machine slows all of them. Anchor DETR asks each point with one pattern, so that the number of
+queries is the same.
 """
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -23,16 +24,16 @@ from detr_nb.data import normalise
 from detr_nb.files import json_text, replacing
 from detr_nb.losses import criterion_for
 from detr_nb.measuring import describe_machine, interleaved, rows_of, table
-from detr_nb.model import DETR, TINY, TINY_STRIDES, DETRConfig, TinyConfig
+from detr_nb.model import DETR, TINY, TINY_STRIDES, DETRConfig, ResNetConfig, TinyConfig
 from detr_nb.notation import Target
 from detr_nb.shapes import DEFAULT, Scenes
 
 FILE = Path(__file__).resolve().with_suffix(".json")
 WHAT = "seconds of a training step of DETR and its descendants at equal sizes, and their parameters"
-SIZES = {"backbone": TinyConfig((32, 64, 128), TINY_STRIDES), "num_queries": 16, **TINY}
-OWN = {"DETRConfig": {}, "FocalDETR": {}, "ConditionalDETR": {}, "AnchorDETR": {"num_query_pattern": 1}, "DABDETR": {},
-       "SMCADETR": {}, "DNDETR": {}}
-BATCH = 16
+SMALL = {"backbone": TinyConfig((32, 64, 128), TINY_STRIDES), "num_queries": 16, **TINY}
+PAPER = {"backbone": ResNetConfig(pretrained=False), "num_queries": 100, "dim_feedforward": 2048, "dropout": 0.1}
+KINDS = ("DETRConfig", "FocalDETR", "ConditionalDETR", "AnchorDETR", "DABDETR", "SMCADETR", "DNDETR")
+OWN = {"AnchorDETR": {"num_query_pattern": 1}}
 
 
 def one_step(model: DETR, images: Tensor, targets: list[Target]) -> Callable[[], None]:
@@ -47,25 +48,31 @@ def one_step(model: DETR, images: Tensor, targets: list[Target]) -> Callable[[],
     return step
 
 
+def measure(what: str, sizes: dict, scenes: Scenes, rounds: int) -> list[dict[str, object]]:
+    """Rows of one comparison, with the parameters of each model."""
+    torch.manual_seed(0)
+    pixels, targets = render_scenes(scenes, workers=1)
+    images, classes = normalise(pixels), len(scenes.names)
+    models = {kind: find_kind(kind, DETRConfig)(**sizes, **OWN.get(kind, {})).build(classes) for kind in KINDS}
+    ways = {name: one_step(model.train(), images, targets) for name, model in models.items()}
+    rows = rows_of(f"{what}, {len(images)} scenes of {images.shape[-1]} pixels", interleaved(ways, rounds))
+    print(table(rows), flush=True)
+    counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    return [asdict(row) | {"parameters": counts[row.name]} for row in rows]
+
+
 def main() -> None:
     """Measure and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, help="a trial of so many rounds")
-    rounds = parser.parse_args().rounds
+    trial = parser.parse_args().rounds
     one_thread()
-    torch.manual_seed(0)
-    scenes = Scenes(DEFAULT, BATCH, seed=0)
-    pixels, targets = render_scenes(scenes, workers=1)
-    images = normalise(pixels)
-    models = {name: find_kind(name, DETRConfig)(**SIZES, **own).build(len(scenes.names)) for name, own in OWN.items()}
-    ways = {name: one_step(model.train(), images, targets) for name, model in models.items()}
-    rows = rows_of(f"a training step, {BATCH} scenes of {images.shape[-1]} pixels", interleaved(ways, rounds or 15))
-    print(table(rows))
-    if rounds:
+    rows = measure("small", SMALL, Scenes(DEFAULT, 16, seed=0), trial or 15)
+    rows += measure("as in the paper", PAPER, Scenes(replace(DEFAULT, size=512), 2, seed=0), trial or 5)
+    if trial:
         return
-    counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     record = {"what": WHAT, "command": "python results/family_costs.py", "date": time.strftime("%Y-%m-%d"),
-              "machine": describe_machine(), "rows": [asdict(row) | {"parameters": counts[row.name]} for row in rows]}
+              "machine": describe_machine(), "rows": rows}
     with replacing(FILE) as place:
         place.write(json_text(record, indent=1) + "\n")
 

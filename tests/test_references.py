@@ -102,6 +102,29 @@ def test_the_logit_is_transformers_everywhere_and_torchs_inside(eps):
     assert_close(ends, math.log(eps) * torch.tensor([1.0, 1.0, -1.0, -1.0]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_logit_is_finite_in_16_bits(dtype):
+    shares = torch.tensor([0.0, 1e-6, 0.5, 1.0], dtype=dtype, requires_grad=True)
+    found = inverse_sigmoid(shares)
+    found.sum().backward()
+    assert found.dtype == dtype and found.isfinite().all() and shares.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("sizes", [(0, 8), (3, 8, 4, -1), (3, 8, 4, 0, 5), (3, 8, 4, 0, -1)])
+def test_references_that_cannot_be_are_named(sizes):
+    with pytest.raises(ValueError, match="at least one place.*at most 4 fixed numbers; got"):
+        ReferenceQueries(*sizes)
+
+
+def test_heads_without_a_reference_or_with_a_wrong_eps_say_so():
+    for eps in (0, -1, 0.5):
+        with pytest.raises(ValueError, match=f"eps must be above 0 and below 0.5, got {eps}"):
+            ReferenceHead(8, 3, eps)
+    head, content = RefiningHead(8, 3), torch.zeros(1, 2, 8)
+    with pytest.raises(ValueError, match="these queries have none"):
+        head(0, content)
+
+
 def test_the_gradient_of_the_logit_is_large_near_a_border_and_small_beyond_eps():
     for eps, share, slope in ((1e-5, 0.2, 6.25), (1e-5, 5e-4, 2001.0), (1e-3, 5e-4, 1.0005), (1e-3, 0.9995, 1.0005)):
         x = torch.tensor([share], dtype=torch.float64, requires_grad=True)

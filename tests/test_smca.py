@@ -246,6 +246,12 @@ def test_files_of_every_type_are_told_from_each_other(scales, tmp_path):
         load_pretrained(replace(SMALL, dynamic_scale=(scales + 1) % 4).build(3), tmp_path / "model.pth")
 
 
+@pytest.mark.parametrize(("scales", "smooth"), [(0, 8), (4, 8), (2, 0), (2, -1)])
+def test_a_gaussian_that_cannot_be_is_named(scales, smooth):
+    with pytest.raises(ValueError, match=f"got {scales} scales, smooth={smooth}"):
+        gaussian_bias(torch.zeros(1, 1, 1, 2), torch.ones(1, 1, 1, scales), (2, 3), smooth)
+
+
 def test_a_bias_of_one_scale_is_the_same_in_both_directions():
     centres = torch.rand(1, 2, 3, 2) * 4
     one = gaussian_bias(centres, torch.full((1, 1, 1, 1), 1.5), (5, 5))

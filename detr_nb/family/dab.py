@@ -89,7 +89,7 @@ class DABDETR(ConditionalDETR):
 
     Args:
         temperature: of the sine positions of the cells.
-        num_patterns: contents that each box is asked with; 0 asks once, with zeros.
+        num_patterns: learned contents for each box; 0 for one content, all zeros.
         random_refpoints_xy: the centres of the boxes are drawn, and get no gradient.
         prelu: PReLU in the feed-forward nets; ReLU if False.
     """

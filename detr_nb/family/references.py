@@ -62,7 +62,7 @@ class ReferenceQueries(nn.Module):
         count: number of places, at least 1.
         d: model width.
         numbers: of a reference: 2 for a point, 4 for a box.
-        patterns: contents that each place is asked with; 0 asks once, with zeros.
+        patterns: learned contents for each place; 0 for one content, all zeros.
             Queries are ordered pattern by pattern.
         fixed: the first so many numbers of each reference are drawn once, evenly from
             0 to 1, and get no gradient.

@@ -48,10 +48,18 @@ def gaussian_bias(
             axes, two for x and y, or three, of which the last is for the product of
             the two squares.
         shape: rows and columns of the grid.
-        smooth: divides it; the larger, the wider.
+        smooth: divides it; the larger, the wider; above 0.
+
+    Raises:
+        ValueError: if the number of scales or `smooth` is out of range.
 
     Source: SMCA, section 3.2; types 1 to 4 of its published code.
     """
+    if not 1 <= scales.shape[-1] <= 3 or smooth <= 0:
+        raise ValueError(
+            "a Gaussian needs one to three scales and smooth above 0, got"
+            f" {scales.shape[-1]} scales, smooth={smooth}"
+        )
     rows, columns = (torch.arange(cells, device=centres.device) for cells in shape)
     x = (columns - centres[..., :1]).square()[..., None, :]  # b h q 1 x
     y = (rows - centres[..., 1:]).square()[..., None]  # b h q y 1
@@ -80,7 +88,7 @@ class PointQueries(ObjectQueries):
 
 # %% ../../nbs/family/35_smca.ipynb #35000025
 class GaussianPosition(nn.Module):
-    """DETR's learned vectors, and a Gaussian for each head around a point beside the
+    """DETR's learned vectors, and a Gaussian for each head around a point near the
     query's own; `first` is the norm of layer 0."""
 
     def __init__(
