@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from official import Reference, batch, official_weights
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from detr_nb.config import ModelConfig
@@ -13,8 +13,22 @@ from detr_nb.losses import criterion_for
 from detr_nb.model import DETR
 from detr_nb.pretrained import load_pretrained
 
+SIZES = {"hidden_dim": 16, "nheads": 2, "enc_layers": 1, "dec_layers": 2, "dim_feedforward": 16, "dropout": 0.0}
 LOSSES = ("loss_ce", "loss_bbox", "loss_giou")
 BATCHES = {"": ("image0_", (192, 256), (160, 224)), "odd/": ("image5_", (203, 251), (150, 217))}
+
+
+def pictures(count: int = 2, height: int = 64, width: int = 96) -> Tensor:
+    """Random numbers, always the same."""
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def lively(config: ModelConfig) -> DETR:
+    """A model whose boxes move; those of a fresh one stay where they start."""
+    torch.manual_seed(0)
+    model = config.build(3)
+    nn.init.normal_(model.head.boxes[-1].weight, std=0.2)
+    return model.eval()
 
 
 class Member(Reference):

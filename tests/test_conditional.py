@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from family import Member
+from family import SIZES, Member, lively, pictures
 from official import DATA, batch
 from small_runs import Drawn
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
 from detr_nb.checkpoints import Checkpoint, rename
@@ -34,20 +34,7 @@ from detr_nb.transformer import DenseCrossAttention, QueryPosition
 NAME = "conditional_detr_small"
 SMALL = ConditionalDETR(ResNetConfig("resnet18", pretrained=False), 20, dec_layers=3, enc_layers=2,
                         dim_feedforward=128, dropout=0.0)
-SIZES = {"hidden_dim": 16, "nheads": 2, "enc_layers": 1, "dec_layers": 2, "dim_feedforward": 16, "dropout": 0.0}
 TINY = ConditionalDETR(TinyConfig((16, 16, 16), (4, 8, 8)), 5, **SIZES)
-
-
-def pictures(count: int = 2, height: int = 64, width: int = 96) -> Tensor:
-    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(1))
-
-
-def lively(config: ConditionalDETR) -> DETR:
-    """A model whose boxes differ from its points; fresh ones stand on them."""
-    torch.manual_seed(0)
-    model = config.build(3)
-    nn.init.normal_(model.head.boxes[-1].weight, std=0.2)
-    return model.eval()
 
 
 # --- the authors ----------------------------------------------------------------------------------------------------

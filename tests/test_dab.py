@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from family import Member
+from family import SIZES, Member, lively, pictures
 from small_runs import Drawn, frozen_norms
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
 from detr_nb.family.conditional import ConditionalDETR, ScaledQueryPosition
@@ -26,20 +26,7 @@ from detr_nb.transformer import Encoder, EncoderLayer
 NAME = "dab_detr_r18_small"
 BODY = ResNetConfig("resnet18", pretrained=False)
 SMALL = DABDETR(BODY, 20, dec_layers=3, enc_layers=2, dim_feedforward=128, dropout=0.0)
-SIZES = {"hidden_dim": 16, "nheads": 2, "enc_layers": 1, "dec_layers": 2, "dim_feedforward": 16, "dropout": 0.0}
 TINY = DABDETR(TinyConfig((16, 16, 16), (4, 8, 8)), 5, **SIZES)
-
-
-def pictures(count: int = 2, height: int = 64, width: int = 96) -> Tensor:
-    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(1))
-
-
-def lively(config: DABDETR) -> DETR:
-    """A model whose boxes move; fresh ones stay where they start."""
-    torch.manual_seed(0)
-    model = config.build(3)
-    nn.init.normal_(model.head.boxes[-1].weight, std=0.2)
-    return model.eval()
 
 
 # --- the authors ----------------------------------------------------------------------------------------------------

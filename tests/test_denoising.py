@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from family import Member
+from family import Member, pictures
 from official import DATA, batch
 from small_runs import frozen_norms, series
 from torch import Tensor
@@ -51,10 +51,6 @@ SIZES = {"backbone": TinyConfig((16, 16, 16), (4, 8, 8)), "hidden_dim": 16, "nhe
 TINY = DNDETR(num_queries=5, **SIZES)
 NOTHING = Target(labels=torch.zeros(0, dtype=torch.int64), boxes=torch.zeros(0, 4))
 BATCH = ("image0_", (192, 256), (160, 224))
-
-
-def pictures(count: int = 2, height: int = 64, width: int = 96) -> Tensor:
-    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
 def truth() -> list[Target]:

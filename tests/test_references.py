@@ -13,6 +13,7 @@ from types import ModuleType
 import onnxruntime
 import pytest
 import torch
+from family import pictures
 from small_runs import series
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -75,10 +76,6 @@ def placed() -> type[DETRConfig]:
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def pictures(count: int = 2, height: int = 64, width: int = 96) -> Tensor:
-    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
 def truth() -> list[Target]:

@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from accelerate import Accelerator
+from family import pictures
 from members import Everything, Space, SpaceBoxes, inverse_sigmoid
 from small_runs import SHARED, frozen_norms, gradients, series
 from torch import Tensor, nn
@@ -51,10 +52,6 @@ def config(folder: Path | str = "", **changes: object) -> TrainConfig:
     """A short run of the first detector."""
     few = {"steps": 12, "batch_size": 4, "evaluations": 1, "log_every": 1, "scales": (), "progress": False}
     return TrainConfig(Pairs(), EVERYTHING, folder=str(folder), **{**few, **changes})
-
-
-def pictures(count: int = 2, height: int = 64, width: int = 96) -> Tensor:
-    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
 def truth() -> list[Target]:

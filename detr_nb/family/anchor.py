@@ -221,8 +221,8 @@ class AnchorDETR(FocalDETR):
         num_query_pattern: contents that each point is asked with.
         row_column: attend along rows and columns (the authors' attention_type RCDA);
             else to all cells (theirs is called nn.MultiheadAttention).
-        grid_prior: points stay on a square grid (their spatial_prior grid); else they
-            are learned.
+        grid_prior: points stay on a square grid (their spatial_prior grid), as many as
+            the square nearest to `num_queries`; else they are learned.
     """
 
     dim_feedforward: Width = 1024

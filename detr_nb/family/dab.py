@@ -156,7 +156,7 @@ def dab_layouts(config: DABDETR) -> Sequence[tuple[str, Rules]]:
     return tuple((sign, rules and (*BOX_PARTS, *rules)) for sign, rules in layouts)
 
 # %% ../../nbs/family/34_dab.ipynb #34f10057
-def read_as(checkpoint: Checkpoint, kind: type[DABDETR]) -> DABDETR:
+def infer_config(checkpoint: Checkpoint, kind: type[DABDETR]) -> DABDETR:
     """The configuration of a DAB-DETR or of a descendant, from its weights and the
     options beside them."""
     state = convert_names(checkpoint.state, {}, dab_layouts(DABDETR()))
@@ -181,7 +181,7 @@ def read_dab(checkpoint: Checkpoint) -> DABDETR | None:
     names = " ".join(checkpoint.state)
     if "ref_anchor_head" not in names or "label_enc" in names:
         return None
-    return read_as(checkpoint, DABDETR)
+    return infer_config(checkpoint, DABDETR)
 
 
 READERS.append(read_dab)

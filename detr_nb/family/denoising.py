@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..checkpoints import Checkpoint, Rules
 from ..config import Depth, Share
-from .dab import DABDETR, dab_layouts, read_as
+from .dab import DABDETR, dab_layouts, infer_config
 from .focal import FocalClasses, focal_criterion
 from .references import inverse_sigmoid
 from ..losses import SetCriterion, authors_criterion
@@ -361,7 +361,7 @@ def read_denoising(checkpoint: Checkpoint) -> DNDETR | None:
     told = {
         name: checkpoint.told[name] for name in DNDETR.OWN if name in checkpoint.told
     }
-    return replace(read_as(checkpoint, DNDETR), **told)
+    return replace(infer_config(checkpoint, DNDETR), **told)
 
 
 READERS.append(read_denoising)
