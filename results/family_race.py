@@ -1,4 +1,4 @@
-"""Record DETR beside its descendants on the book's default setting: two seeds each, one core each, the same recipe for all.
+"""Record DETR beside its descendants on the default setting: two seeds each, one core each, the same recipe for all.
 
     python results/family_race.py               all that is missing, the most wanted first: about two hours of two cores
     python results/family_race.py --names "DNDETR, seed 0"
@@ -48,7 +48,8 @@ def planned(name: str) -> TrainConfig:
     """The run of a name."""
     what, seed = name.rsplit(", seed ", 1)
     return TrainConfig(
-        ShapesData(DEFAULT, cache=str(CACHE / "scenes")), MODELS[what], steps=round(STEPS * (what == "DETR" or SHARE)),
+        ShapesData(DEFAULT, cache=str(CACHE / "scenes")), MODELS[what],
+        steps=STEPS if what == "DETR" else round(SHARE * STEPS),
         seed=int(seed), evaluations=6, bf16=True, progress=False,
         folder=str(CACHE / "runs" / f"race_{what.replace(', 60 %', '_60')}_seed{seed}"),
     )
