@@ -250,7 +250,7 @@ def read_torch(path: Path) -> Checkpoint:
 # Hugging Face's names of the models that have a chapter here; those that come first
 # have a column for no-object
 SOFTMAX_TYPES = ("detr", "table-transformer")
-MODEL_TYPES = (*SOFTMAX_TYPES, "conditional_detr", "dab-detr")
+MODEL_TYPES = (*SOFTMAX_TYPES, "conditional_detr", "dab-detr", "deformable_detr")
 
 
 def folder_config(folder: Path) -> dict:
@@ -406,7 +406,7 @@ def label_names(
     return [told.get(label, f"LABEL_{label}") for label in range(count)]
 
 
-CLASS_BIAS = "class_labels_classifier.bias"
+CLASS_BIAS = ("class_labels_classifier.bias", "class_embed.0.bias")
 
 # %% ../nbs/88_checkpoints.ipynb #243b5ce6
 def read_piece(file: Path) -> Mapping[str, Tensor]:

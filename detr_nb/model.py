@@ -447,6 +447,25 @@ def check_padding(pad: Bool[Tensor, "b y x"]) -> None:
             " there is NO picture"
         )
 
+# %% ../nbs/08_model.ipynb #6376df19
+def read_level(
+    x: Float[Tensor, "n d y x"],
+    pixels: Bool[Tensor, "n y2 x2"],
+    positions: nn.Module,
+    stride: int,
+    cameras: Float[Tensor, "b v 4 4"] | None = None,
+) -> Memory:
+    """The tokens of one projected feature map; without the features themselves."""
+    size = tuple(x.shape[-2:])
+    pad = resize_padding(pixels, size)
+    check_padding(pad)
+    valid, cells = picture_sizes(pixels, pad, stride)
+    tokens = (x.permute(0, 2, 3, 1), positions(pad).to(x.dtype), pad, cell_centres(pad))
+    rows = [token.flatten(1, 2) for token in tokens]
+    if cameras is not None:
+        rows = [row.unflatten(0, cameras.shape[:2]).flatten(1, 2) for row in rows]
+    return Memory(*rows, (size,), (), valid=valid, cells=cells, cameras=cameras)
+
 # %% ../nbs/08_model.ipynb #6376df1a
 class SingleLevelMemory(nn.Module):
     """Images to tokens: backbone, projection to the model width `d`, positions."""
@@ -464,21 +483,10 @@ class SingleLevelMemory(nn.Module):
     ) -> Memory:
         """Read a batch of normalised images, or of scenes with several views."""
         # views are images of their own until their tokens meet
-        pixels = pad.flatten(0, -3)
         features = self.backbone(images.flatten(0, -4))
-        x = self.project(features[-1])  # b d y x
-        size = tuple(x.shape[-2:])
-        pad = resize_padding(pixels, size)
-        check_padding(pad)
-        valid, cells = picture_sizes(pixels, pad, self.backbone.strides[-1])
-        positions, centres = self.positions(pad).to(x.dtype), cell_centres(pad)
-        tokens = (x.permute(0, 2, 3, 1), positions, pad, centres)
-        rows = [token.flatten(1, 2) for token in tokens]
-        if cameras is not None:
-            rows = [row.unflatten(0, cameras.shape[:2]).flatten(1, 2) for row in rows]
-        return Memory(
-            *rows, (size,), tuple(features), valid=valid, cells=cells, cameras=cameras
-        )
+        x, stride = self.project(features[-1]), self.backbone.strides[-1]  # b d y x
+        memory = read_level(x, pad.flatten(0, -3), self.positions, stride, cameras)
+        return memory._replace(features=tuple(features))
 
 # %% ../nbs/08_model.ipynb #580f6e9a
 def check_images(
@@ -691,8 +699,9 @@ class BackboneConfig(Config):
     """What builds a backbone: a module that maps images to a list of features, finest
     first.
 
-    It has `channels` (of the last), `strides` (of each) and `blocks()` (parts that may
-    be computed twice, if any).
+    It has `channels` (of the last), `widths` (channels of each; only models with several
+    levels ask), `strides` (of each) and `blocks()` (parts that may be computed twice, if
+    any).
     """
 
     @abstractmethod

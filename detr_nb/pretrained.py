@@ -122,14 +122,19 @@ def count_layers(names: Iterable[str], part: str) -> int:
     return len(found)
 
 
+# of one head for all layers or of the first of several; of one level or of the first
+CLASS_BIASES = ("decoder.head.classes.bias", "decoder.head.0.classes.bias")
+PROJECTED = ("memory.project.bias", "memory.project.0.0.bias")
+
+
 def architecture(state: Mapping[str, Tensor]) -> dict[str, int | str | None]:
     """The arguments of a build function that a state dict under our names reveals; None
     for what is not there."""
-    classes = rows(state, "decoder.head.classes.bias", "linear_class.bias")
+    classes = rows(state, *CLASS_BIASES, "linear_class.bias")
     return {
         "num_classes": None if classes is None else classes - 1,
         "num_queries": rows(state, "queries.embedding.weight", "query_pos"),
-        "hidden_dim": rows(state, "memory.project.bias", "conv.bias"),
+        "hidden_dim": rows(state, *PROJECTED, "conv.bias"),
         "enc_layers": count_layers(state, "encoder"),
         "dec_layers": count_layers(state, "decoder"),
         "dim_feedforward": rows(state, "decoder.layers.0.feed_forward.0.bias"),
@@ -218,6 +223,13 @@ def layouts_of(config: object) -> Sequence[tuple[str, Rules]]:
     return LAYOUTS
 
 
+@singledispatch
+def adjust_state(config: object, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What else, beyond names, makes of a checkpoint's tensors those of a model, by what
+    describes it; descendants of DETR register theirs."""
+    return dict(state)
+
+
 # what tells from a strange checkpoint which descendant of DETR it holds: each chapter
 # appends a function that gives the configuration, or None for what is not its own
 READERS: list[Callable[[Checkpoint], ModelConfig | None]] = []
@@ -266,8 +278,9 @@ def fitting_state(
 ) -> dict[str, Tensor]:
     """The tensors of a checkpoint under our names, or an error that says what does not
     fit the model."""
-    own, layouts = model.state_dict(), layouts_of(getattr(model, "config", None))
-    state = with_twins(convert_names(checkpoint.state, own, layouts), model)
+    own, config = model.state_dict(), getattr(model, "config", None)
+    named = convert_names(checkpoint.state, own, layouts_of(config))
+    state = with_twins(adjust_state(config, named), model)
     found = incompatible_keys(state, own) or (
         checkpoint.settings
         and config_differences(checkpoint.settings, settings_of(model))
@@ -390,7 +403,7 @@ def builder(checkpoint: Checkpoint) -> Callable[[], DETR | DETRDemo]:
     known_kinds(ModelConfig)  # every chapter of a descendant has its reader by now
     for config in filter(None, (reader(checkpoint) for reader in READERS)):
         state = convert_names(checkpoint.state, {}, layouts_of(config))
-        columns = rows(state, "decoder.head.classes.bias") or 0
+        columns = rows(state, *CLASS_BIASES) or 0
         return partial(config.build, columns - config.scores().spare)
     state = convert_names(checkpoint.state, {})
     sizes = architecture(state)
