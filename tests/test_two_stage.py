@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from unittest.mock import patch
 
@@ -40,7 +40,7 @@ def truth() -> list[Target]:
 def lively() -> DETR:
     """A small model in which every part has a say."""
     torch.manual_seed(0)
-    model = frozen_norms(TINY.build(3)).eval()
+    model = TINY.build(3).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -48,10 +48,23 @@ def lively() -> DETR:
 
 
 # --- the authors ------------------------------------------------------------------------------------------------------
+class Authors(Member):
+    """The authors' small model, read once."""
+
+    @cached_property
+    def loaded(self) -> DETR:
+        """Ours with the authors' weights."""
+        return super().model()
+
+    def model(self) -> DETR:
+        """The same one each time: nothing here changes it."""
+        return self.loaded
+
+
 @pytest.fixture(scope="module")
-def authors(tmp_path_factory) -> Member:
+def authors(tmp_path_factory) -> Authors:
     """Read from their checkpoint."""
-    return Member(NAME, SMALL, tmp_path_factory.mktemp(NAME))
+    return Authors(NAME, SMALL, tmp_path_factory.mktemp(NAME))
 
 
 @pytest.fixture(scope="module")

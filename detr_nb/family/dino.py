@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -18,19 +17,11 @@ from ..boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from ..checkpoints import Checkpoint, Rules
 from ..config import Count, Fraction, Positive, QueryCount, Share, Width
 from .conditional import xavier_maps
-from detr_nb.family.deformable import (
-    DeformableDETR,
-    adjust_heads,
-    infer_deformable,
-)
+from .deformable import DeformableDETR, adjust_heads, infer_deformable
 from .denoising import Noise, NoisedQueries, replaced_labels
 from .focal import focal_criterion
 from .references import RefiningHead, reference_sine
-from detr_nb.family.two_stage import (
-    ProposingQueries,
-    TwoStageDETR,
-    proposing_layouts,
-)
+from .two_stage import ProposingQueries, TwoStageDETR, proposing_layouts
 from ..losses import SetCriterion, authors_criterion
 from ..model import MLP, Draws
 from ..notation import Memory, Number, Queries, Target
@@ -57,7 +48,7 @@ class MixedQueries(ProposingQueries):
         content = self.contents.weight.expand(memory.x.shape[0], -1, -1)
         return Queries(content, ref=chosen.boxes.detach(), proposals=chosen)
 
-# %% ../../nbs/family/42_dino.ipynb #42d00009
+# %% ../../nbs/family/42_dino.ipynb #42d0000b
 class ContrastiveNoise(Noise):
     """Two copies of each object in a group: one to be repaired, one that lies too far
     away and must be refused (DINO, section 3.3).
@@ -102,7 +93,7 @@ class ContrastiveNoise(Noise):
         corners = cxcywh_to_xyxy(boxes) + sign * far * reach
         return labels, xyxy_to_cxcywh(corners.clamp(0, 1))
 
-# %% ../../nbs/family/42_dino.ipynb #42d0000b
+# %% ../../nbs/family/42_dino.ipynb #42d0000f
 class BoxPosition(nn.Module):
     """The position of a query is made of its box, measured in the padded picture."""
 
@@ -123,7 +114,7 @@ class BoxPosition(nn.Module):
         own = self.place(reference_sine(padded, self.d // 2))
         return QueryPosition(own, own)
 
-# %% ../../nbs/family/42_dino.ipynb #42d0000d
+# %% ../../nbs/family/42_dino.ipynb #42d00012
 @dataclass(frozen=True)
 class DINO(TwoStageDETR):
     """DINO (Zhang et al. 2023), with four levels.
@@ -175,7 +166,7 @@ class DINO(TwoStageDETR):
         norm, position = nn.LayerNorm(d), BoxPosition(d)
         return Decoder(list(plain.layers), norm, plain.head, position)
 
-# %% ../../nbs/family/42_dino.ipynb #42d0000f
+# %% ../../nbs/family/42_dino.ipynb #42d00014
 @authors_criterion.register
 def dino_criterion(config: DINO, model: nn.Module, **weights: object) -> SetCriterion:
     """The loss of the family, and the same for the chosen cells (`loss_*_interm`) and
@@ -187,7 +178,7 @@ def dino_criterion(config: DINO, model: nn.Module, **weights: object) -> SetCrit
     }
     return focal_criterion(config, model, **weights, extra=extra)
 
-# %% ../../nbs/family/42_dino.ipynb #42d00011
+# %% ../../nbs/family/42_dino.ipynb #42d00017
 MIXED: Rules = (
     (r"^transformer\.enc_out_class_embed\.", "proposing_class."),
     (r"^transformer\.enc_out_bbox_embed\.", "proposing_bbox."),

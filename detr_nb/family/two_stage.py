@@ -19,11 +19,7 @@ from torch import Tensor, nn
 from ..checkpoints import Checkpoint, Rules
 from ..config import ConfigError
 from .conditional import xavier_maps
-from detr_nb.family.deformable import (
-    DeformableDETR,
-    infer_deformable,
-    sampled_layouts,
-)
+from .deformable import DeformableDETR, infer_deformable, sampled_layouts
 from .focal import focal_criterion
 from .references import ReferenceHead, inverse_sigmoid
 from ..losses import SetCriterion, authors_criterion
@@ -46,7 +42,7 @@ def grid_boxes(
     inside = ((boxes > 0.01) & (boxes < 0.99)).all(-1)
     return boxes, inside & ~memory.pad
 
-# %% ../../nbs/family/38_two_stage.ipynb #38a00009
+# %% ../../nbs/family/38_two_stage.ipynb #38a0000b
 def check_cells(cells: int, queries: int) -> None:
     """Refuse an image with fewer cells than queries that it should propose. Silent while
     a graph is traced."""
@@ -59,7 +55,7 @@ def check_cells(cells: int, queries: int) -> None:
             f" most {cells} (resize_queries)"
         )
 
-# %% ../../nbs/family/38_two_stage.ipynb #38a0000b
+# %% ../../nbs/family/38_two_stage.ipynb #38a0000e
 class ProposingQueries(nn.Module, ABC):
     """Queries that the image proposes: every cell of the encoded image predicts a class
     and a box, and the cells with the best scores become queries.
@@ -126,7 +122,7 @@ class ProposingQueries(nn.Module, ABC):
                 setattr(self, name, new)
         self.count = count
 
-# %% ../../nbs/family/38_two_stage.ipynb #38a0000d
+# %% ../../nbs/family/38_two_stage.ipynb #38a00010
 class BoxProposals(ProposingQueries):
     """Deformable DETR's: the first class says whether there is an object of any class;
     position and content of a query are made of its box."""
@@ -146,7 +142,7 @@ class BoxProposals(ProposingQueries):
         pos, content = self.place_norm(self.place(sines)).chunk(2, -1)
         return Queries(content, pos, ref, proposals=found)
 
-# %% ../../nbs/family/38_two_stage.ipynb #38a0000f
+# %% ../../nbs/family/38_two_stage.ipynb #38a00014
 @dataclass(frozen=True)
 class TwoStageDETR(DeformableDETR):
     """Two-stage Deformable DETR (Zhu et al. 2021): the encoded image proposes the boxes
@@ -180,7 +176,7 @@ class TwoStageDETR(DeformableDETR):
         nn.init.zeros_(heads[0].boxes[-1].bias)
         return heads
 
-# %% ../../nbs/family/38_two_stage.ipynb #38a00011
+# %% ../../nbs/family/38_two_stage.ipynb #38a00016
 def one_class(targets: Sequence[Target]) -> list[Target]:
     """The same objects, as if all were of the first class."""
     return [
@@ -199,7 +195,7 @@ def two_stage_criterion(
     extra = {"proposals": focal_criterion(config, model, **{**weights, **cells})}
     return focal_criterion(config, model, **weights, extra=extra)
 
-# %% ../../nbs/family/38_two_stage.ipynb #38a00013
+# %% ../../nbs/family/38_two_stage.ipynb #38a00019
 PROPOSING: Rules = (
     (r"^(?:transformer|model)\.enc_output\.", "queries.read."),
     (r"^(?:transformer|model)\.enc_output_norm\.", "queries.norm."),
