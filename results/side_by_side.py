@@ -72,8 +72,16 @@ def run_missing(
     if args.list:
         print("\n".join(f"{'missing' if name in missing else 'recorded':9} {name}" for name in args.names))
         return
+    failed = {}
     with ProcessPoolExecutor(args.workers, get_context("spawn"), initializer=one_thread, max_tasks_per_child=1) as pool:
-        for done in as_completed([pool.submit(named_row, name, make) for name in missing]):
+        begun = {pool.submit(named_row, name, make): name for name in missing}
+        for done in as_completed(begun):
+            if done.exception() is not None:  # the other runs go on, and are recorded
+                failed[begun[done]] = done.exception()
+                print(f"{begun[done]} failed: {done.exception()!r}", flush=True)
+                continue
             rows.append(done.result())
             write_rows(rows, names, file, what)
             print(f"{len(rows):3} of {len(names)}  {rows[-1]['name']:40} {say(rows[-1])}", flush=True)
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(missing)} runs failed: {', '.join(failed)}; give the command again")

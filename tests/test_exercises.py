@@ -1785,6 +1785,60 @@ def tilted_bias(centre, scales, tilt, shape):
             "not divided": [(") / 8", ")")],
         },
     ),
+    ("37", "check_reach"): Answers(
+        right="""
+def reach(columns=64, levels=4, points=4):
+    found, wide = [], 2 * points / columns
+    for _ in range(levels):
+        found.append(wide)
+        wide *= 2
+    return found
+""",
+        wrong={
+            "one side only": [("2 * points", "points")],
+            "the same share on each level": [("* 2**level ", "")],
+            "coarser levels reach less": [("* 2**level /", "/ 2**level /")],
+            "four points, whatever is asked": [("2 * points", "8")],
+            "levels count from one": [("2**level", "2 ** (level + 1)")],
+        },
+    ),
+    ("37", "check_gather_points"): Answers(
+        right="""
+def gather_points(cells, shape, points):
+    found = []
+    for x, y in points.tolist():
+        total = torch.zeros(cells.shape[1])
+        for row in range(shape[0]):
+            for column in range(shape[1]):
+                near_x = max(0.0, 1 - abs(x * shape[1] - 0.5 - column))
+                near_y = max(0.0, 1 - abs(y * shape[0] - 0.5 - row))
+                total = total + near_x * near_y * cells[row * shape[1] + column]
+        found.append(total)
+    return torch.stack(found)
+""",
+        wrong={
+            "centres at whole numbers": [(" - 0.5\n", "\n")],
+            "the border is repeated outside": [
+                ("torch.where(inside, y * columns + x, 0)", "y.clamp(0, rows - 1) * columns + x.clamp(0, columns - 1)"),
+                ("(near * inside)", "near"),
+            ],
+            "the nearest cell alone": [("near = (1 -", "near = ((1 -"), (".prod(1)", ".prod(1) > 0.5).float()")],
+            "rows and columns exchanged": [("torch.tensor([columns, rows])", "torch.tensor([rows, columns])")],
+            "tokens column by column": [("y * columns + x, 0", "x * rows + y, 0")],
+        },
+    ),
+    ("37", "check_misplaced"): Answers(
+        right="""
+def misplaced(sides):
+    return torch.stack([(column - sides[0, 0]) / (column * sides[0, 0]) for column in sides[:, 0]])
+""",
+        wrong={
+            "too far right": [("1 / columns[0] - 1 / columns", "1 / columns - 1 / columns[0]")],
+            "rows count": [("sides[:, 0]", "sides[:, 1]")],
+            "in cells": [("1 / columns[0] - 1 / columns", "columns / columns[0] - 1")],
+            "the last level's cells": [("columns[0]", "columns[-1]")],
+        },
+    ),
     ("39", "check_count_slots"): Answers(
         right="""
 def count_slots(counts, groups):

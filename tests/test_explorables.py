@@ -24,8 +24,15 @@ from torchvision.ops import batched_nms
 
 from detr_nb.attention import HeadProjections, attention_weights
 from detr_nb.boxes import cxcywh_to_xyxy, giou, iou
+from detr_nb.data import Preprocess
+from detr_nb.family.anchor import AnchorDETR
+from detr_nb.family.conditional import ConditionalDETR
+from detr_nb.family.dab import DABDETR
+from detr_nb.family.denoising import DNDETR
+from detr_nb.family.smca import SMCADETR
+from detr_nb.insight import attention_maps, share_inside
 from detr_nb.matcher import HungarianMatcher, pad_targets
-from detr_nb.model import detr_tiny
+from detr_nb.model import DETR, DETRConfig, TinyConfig, detr_tiny
 from detr_nb.notation import Output, Target, toy_image
 from detr_nb.positions import SinePositions
 from detr_nb.shapes import DEFAULT, Scenes
@@ -34,11 +41,13 @@ ROOT = Path(__file__).resolve().parents[1]
 STATIC = ROOT / "detr_nb" / "static"
 PAGE = "nbs/91_explorables.html"
 NODE = shutil.which("node")
-FIGURES = ("two_boxes", "matching", "addressing", "layers", "attending", "gazing", "filming")
+FIGURES = ("two_boxes", "matching", "addressing", "layers", "attending", "gazing", "filming", "placing")
 
 if os.environ.get("CI") != "true":
     pytest.importorskip("anywidget", reason="the explorables need anywidget: pip install 'detr-nb[book]'")
 from detr_nb import explorables  # noqa: E402
+
+SCENE, _ = Scenes(DEFAULT, 1, seed=123)[0]
 
 
 def run_node(script: str, data=None):
@@ -174,6 +183,19 @@ def test_packed_shares_come_back():
     assert_close(torch.tensor(run_node(script, explorables.packed(weights))), weights, atol=4e-3, rtol=0.02)
 
 
+def test_what_attention_says_in_numbers_is_what_the_library_says():
+    draw = torch.Generator().manual_seed(0)
+    weights, boxes = torch.randn(20, 6 * 8, generator=draw).double().softmax(-1), random_boxes(20, 7)
+    middles = [(torch.arange(n, dtype=torch.float64) + 0.5) / n for n in (6, 8)]
+    rows, columns = torch.cartesian_prod(*middles).unbind(1)
+    xy = torch.stack((columns, rows), -1)
+    script = ("const { meanDistance, shareInside } = await from('looking'); console.log(JSON.stringify(data.map("
+              "([w, box]) => [shareInside(w, box, 6, 8), meanDistance(w, box.slice(0, 2), 6, 8)])))")
+    inside, distance = torch.tensor(run_node(script, list(zip(weights.tolist(), boxes.tolist(), strict=True)))).T
+    assert_close(inside, share_inside(weights[None, None], xy[None], boxes[None])[0, 0], check_dtype=False)
+    assert_close(distance, (weights * torch.cdist(boxes[:, :2], xy)).sum(1), check_dtype=False)
+
+
 # --- files and Python ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_joined_script_is_one_sound_module(name, tmp_path):
@@ -197,7 +219,7 @@ def test_every_script_belongs_to_a_figure_and_fetches_nothing():
     assert used == {path.stem for path in STATIC.glob("*.js")}
     for path in STATIC.iterdir():
         assert set(re.findall(r"https?://[^\"'\s)]+", path.read_text("utf8"))) <= {"http://www.w3.org/2000/svg"}
-    assert sum(path.stat().st_size for path in STATIC.iterdir()) < 80_000
+    assert sum(path.stat().st_size for path in STATIC.iterdir()) < 90_000
 
 
 def test_without_anywidget_the_message_says_what_to_install():
@@ -220,6 +242,27 @@ def film_of(model, image, target) -> dict:
     return explorables.record_film(model, {0: turned, 50: weights}, image, target)
 
 
+MEMBERS = {"Conditional": ConditionalDETR, "Anchor": AnchorDETR, "DAB": DABDETR, "SMCA": SMCADETR, "DN": DNDETR}
+
+
+@functools.cache
+def member(kind: type[DETRConfig]) -> DETR:
+    """A small one with random weights, none of them zero, for pictures of 64 x 64 pixels."""
+    torch.manual_seed(0)
+    sizes = {"num_queries": 5, "hidden_dim": 32, "nheads": 2, "enc_layers": 1, "dec_layers": 3, "dim_feedforward": 32}
+    model = kind(TinyConfig((8, 8, 16), (4, 8, 8)), **sizes).build(6)
+    for weight in model.parameters():
+        weight.data += 0.05 * torch.randn_like(weight)
+    model.preprocess = Preprocess(size=(64, 64))
+    return model
+
+
+@functools.cache
+def placed() -> dict:
+    """A record of all members."""
+    return explorables.record_places({name: member(kind) for name, kind in MEMBERS.items()}, SCENE, grid=4)
+
+
 @functools.cache
 def figures() -> dict[str, object]:
     model, scenes = detr_tiny(pretrained=True), Scenes(DEFAULT, 20, seed=123)
@@ -229,6 +272,7 @@ def figures() -> dict[str, object]:
         "layers": explorables.Layers(scenes=[explorables.record_scene(model, *scenes[13])], names=model.names),
         "gazing": explorables.Gaze(record=explorables.record_gaze(model, scenes[16][0]), names=model.names),
         "filming": explorables.Film(record=film_of(model, *scenes[16]), names=model.names),
+        "placing": explorables.PlaceView(record=placed(), names=model.names, place=[1, 1]),
     }
 
 
@@ -271,6 +315,107 @@ def test_recording_leaves_the_model_as_it_was():
     assert not any(part._forward_pre_hooks for part in model.modules())
 
 
+def test_packed_shares_come_back_in_python_too():
+    weights = (3 * torch.randn(7, 30, generator=torch.Generator().manual_seed(0))).softmax(-1)
+    found = torch.tensor(explorables.decode_weights(explorables.encode_weights(weights), (5, 6)))
+    assert_close(found.flatten(1), weights, atol=4e-3, rtol=0.02, check_dtype=False)
+
+
+def check_layer(layer: dict, weights: torch.Tensor, logits: torch.Tensor, boxes: torch.Tensor) -> None:
+    """A recorded layer against the answers of a model with sigmoid scores, one row for each place."""
+    found = torch.tensor(explorables.decode_weights(layer["weights"], (8, 8))).flatten(1)
+    assert_close(found, weights, atol=4e-3, rtol=0.02, check_dtype=False)
+    assert_close(torch.tensor(layer["boxes"]), boxes, atol=6e-4, rtol=0)
+    scores, labels = logits.sigmoid().max(-1)
+    assert_close(torch.tensor(layer["scores"]), scores, atol=6e-4, rtol=0)
+    assert layer["labels"] == labels.tolist()
+
+
+@pytest.mark.parametrize("kind", MEMBERS.values())
+def test_a_query_at_its_own_place_says_what_the_model_says(kind):
+    model = member(kind)
+    images = model.preprocess(SCENE)[None]
+    with torch.no_grad():
+        memory = model.eval().encoder(model.memory(images, torch.zeros(1, 64, 64, dtype=torch.bool), None))
+        own = model.queries(memory).ref[:, 0]
+    record = explorables.record_member(model, SCENE, [torch.cat((own, torch.full((1, 4), 0.3)), 1)[:, :4]])
+    maps = attention_maps(model, images, roles=("cross",))
+    assert_close(torch.tensor(record["home"]), own[0, :2], atol=6e-4, rtol=0)
+    for name, layer in (("first", 0), ("last", -1)):
+        logits, boxes = maps.out.logits[layer, :, 0, :6], maps.out.boxes[layer, :, 0]  # SMCA has a spare column
+        check_layer(record[name], maps.cross[layer, :, :, 0].mean(1), logits, boxes)
+
+
+@pytest.mark.parametrize("kind", MEMBERS.values())
+def test_a_moved_query_says_what_the_decoder_says_from_there(kind):
+    """The slow way: memory, queries, another reference for the first one, decoder; place by place."""
+    model, name = member(kind), next(name for name, other in MEMBERS.items() if other is kind)
+    record = next(one for one in placed()["members"] if one["name"] == name)
+    pad, images = torch.zeros(1, 64, 64, dtype=torch.bool), model.preprocess(SCENE)[None]
+    with torch.no_grad():
+        memory = model.eval().encoder(model.memory(images, pad, None))
+        queries = model.queries(memory)
+        for place, (x, y) in {1: (0.375, 0.125), 8: (0.125, 0.625), 15: (0.875, 0.875)}.items():
+            ref = queries.ref.clone()
+            ref[0, 0] = torch.tensor([x, y, 0.3, 0.3])[: ref.shape[-1]]
+            out = model.decoder(queries._replace(ref=ref), memory)
+            for layer, i in (("first", 0), ("last", -1)):
+                assert_close(torch.tensor(record[layer]["boxes"][place]), out.boxes[i, 0, 0], atol=6e-4, rtol=0)
+    assert not torch.equal(*(torch.tensor(record["first"]["boxes"][place]) for place in (1, 8)))
+
+
+def test_only_one_query_is_moved_and_the_model_stays_as_it_was():
+    model = member(DABDETR).train()
+    with explorables.moved_query(model, torch.full((1, 4), 0.25)) as own:
+        images = model.preprocess(SCENE)[None]
+        seen = []
+        handle = model.decoder.register_forward_pre_hook(lambda part, inputs: seen.append(inputs[0].ref[0]))
+        with torch.no_grad():
+            model.eval()(images)
+        handle.remove()
+    (ref,) = seen
+    places = model.queries.places()
+    assert_close(ref[0], torch.full((4,), 0.25))
+    assert_close(ref[1:], places[1:])
+    assert_close(own[0], places[0])
+    model.train()
+    explorables.record_places({"DAB": model}, SCENE, grid=2)
+    assert model.training and not model.queries._forward_hooks
+
+
+def test_without_a_reference_nothing_can_be_moved():
+    model = detr_tiny(pretrained=True)
+    with pytest.raises(ValueError, match="the queries of DETRConfig have no reference"):
+        explorables.record_places({"DETR": model}, SCENE)
+    assert not model.queries._forward_hooks
+
+
+@pytest.mark.parametrize("wrong", [{"grid": 0}, {"side": 0.0}, {"side": 1.5}])
+def test_a_place_needs_a_grid_and_a_size(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        explorables.record_places({"DAB": member(DABDETR)}, SCENE, **wrong)
+
+
+@pytest.mark.parametrize(("change", "complaint"), [
+    ({"record": {}}, "record"), ({"member": 5}, "member"), ({"place": [0, 4]}, "place"), ({"place": [4, 0]}, "place"),
+])
+def test_a_place_that_was_not_recorded_is_refused(change, complaint):
+    with pytest.raises(ValueError, match=rf"PlaceView\.{complaint} is"):
+        explorables.PlaceView(**{"record": placed(), **change})
+
+
+def test_places_of_five_members_fit_a_page():
+    """16 by 16 cells, as a picture of 128 x 128 pixels has them."""
+    models = {name: member(kind) for name, kind in MEMBERS.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        for model in models.values():
+            patch.setattr(model, "preprocess", Preprocess(size=(128, 128)))
+        record = explorables.record_places(models, SCENE)
+    assert {(one["rows"], one["columns"]) for one in record["members"]} == {(16, 16)}
+    assert len(json.dumps(record)) < 200_000
+
+
 # --- in a browser -------------------------------------------------------------------------------------------------
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def do_GET(self):
@@ -298,6 +443,28 @@ def served(folder: Path):
 def opened(browser, **options):
     page = browser.page((HTML / PAGE).as_uri(), **options)
     page.wait(f"document.querySelectorAll('.xp').length === {len(FIGURES)}")
+    return page
+
+
+STAND_IN = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<style>body { margin: 8px } %s</style><body><script type="module">%s
+const heard = {};
+window.values = %s;
+render({ el: document.body, model: {
+  get: (name) => values[name], save_changes: () => null, on: (name, call) => (heard[name] ??= []).push(call),
+  set: (name, value) => { values[name] = value; (heard[`change:${name}`] ?? []).forEach((call) => call()); },
+} });
+</script>"""
+
+
+def alone(browser, figure, folder: Path, **options):
+    """A page with one figure and nothing else; `values` there are what Python would share with it."""
+    script = figure._esm.replace("export default { render };", "")
+    values = {name: getattr(figure, name) for name in figure.trait_names(sync=True) if not name.startswith("_")}
+    values = {name: value for name, value in values.items() if isinstance(value, dict | list | str | int | float)}
+    (folder / "alone.html").write_text(STAND_IN % (figure._css, script, json.dumps(values)), "utf8")
+    page = browser.page((folder / "alone.html").as_uri(), **options)
+    page.wait("document.querySelectorAll('.xp').length === 1")
     return page
 
 
@@ -422,6 +589,16 @@ def test_heads_and_gaze_answer(browser):
 
 
 @pytest.mark.slow
+def test_a_query_is_moved_by_keys(browser):
+    page = opened(browser)
+    assert "stands 0.50 from the left and 0.50 from the top" in words(page, 7)
+    page.evaluate("document.querySelector('.xp-point').focus()")
+    page.press("ArrowRight")
+    assert "stands 0.64 from the left and 0.50 from the top" in words(page, 7)
+    page.close()
+
+
+@pytest.mark.slow
 def test_a_film_can_be_wound_and_a_query_followed(browser):
     page = opened(browser)
     figure = "document.querySelectorAll('.xp')[6]"
@@ -434,6 +611,67 @@ def test_a_film_can_be_wound_and_a_query_followed(browser):
     page.evaluate(figure + ".querySelectorAll('input[type=range]')[1].focus()")
     page.press("ArrowRight")
     assert len(page.evaluate(figure + ".querySelector('.xp-trail').getAttribute('points')").split()) > 2
+    page.close()
+
+
+def shown_of(page) -> tuple[torch.Tensor, list[float]]:
+    """Shares as the veil shows them, the largest as 1, and the corners of the box, all in shares of the picture."""
+    veil, box = page.evaluate("""[[...document.querySelectorAll('.xp-veil')].map(e => e.getAttribute('fill-opacity')),
+      ['x', 'y', 'width', 'height'].map(k => document.querySelector('.xp-follows rect').getAttribute(k))]""")
+    x, y, w, h = (float(number) / 400 for number in box)
+    return (1 - torch.tensor([float(opacity) for opacity in veil]) / 0.78) ** 2, [x, y, x + w, y + h]
+
+
+def check_shown(page, one: dict, layer: str, place: int) -> None:
+    """What is seen of one detector against its record."""
+    shares = torch.tensor(explorables.decode_weights(one[layer]["weights"], (8, 8)))[place].flatten()
+    veil, corners = shown_of(page)
+    assert_close(veil, shares / shares.max(), atol=3e-3, rtol=0, check_dtype=False)
+    edges = cxcywh_to_xyxy(torch.tensor(one[layer]["boxes"][place])).clamp(0, 1)
+    assert_close(torch.tensor(corners), edges, atol=1e-4, rtol=0)
+    score = f"{one[layer]['scores'][place]:.2f}"
+    assert f" {score}: centre" in words(page, 0) and words(page, 0).startswith(f"{one['name']}, {layer} decoder layer:")
+
+
+@pytest.mark.slow
+def test_attention_and_box_follow_a_point_that_is_dragged(browser, tmp_path):
+    figure = figures()["placing"]
+    members, page = placed()["members"], alone(browser, figure, tmp_path)
+    check_shown(page, members[0], "last", 5)
+    cell = page.evaluate("document.querySelector('.xp-picture').getBoundingClientRect().width") / 4
+    page.drag(page.centre(".xp-point"), 1.9 * cell, 0.9 * cell)
+    assert page.evaluate("values.place") == [2, 3]
+    check_shown(page, members[0], "last", 11)
+    assert page.evaluate("document.activeElement.matches('.xp-point')")
+    for key in ("ArrowLeft", "ArrowUp", "ArrowUp", "ArrowUp"):  # the last one meets the edge
+        page.press(key)
+    assert page.evaluate("values.place") == [0, 2]
+    label = page.evaluate("document.querySelector('.xp-point').getAttribute('aria-label')")
+    assert label == "place of the query: 0.63 from the left and 0.13 from the top"
+    for number, one in enumerate(members):
+        page.evaluate(f"document.querySelectorAll('fieldset')[0].querySelectorAll('input')[{number}].click()")
+        check_shown(page, one, "last", 2)
+    page.evaluate("document.querySelectorAll('fieldset')[1].querySelectorAll('input')[0].click()")
+    check_shown(page, members[-1], "first", 2)
+    rows = page.evaluate("[...document.querySelectorAll('tbody tr')].map(e => [e.innerText, e.className])")
+    assert [name for name, chosen in rows if chosen == "xp-chosen"] == [rows[-1][0]] and len(rows) == 5
+    for (text, _), one in zip(rows, members, strict=True):
+        assert text.startswith(one["name"]) and text.endswith(f"{one['first']['scores'][2]:.2f}")
+    page.click(".xp-spot", 12)
+    assert page.evaluate("values.place") == [3, 0] and page.errors == []
+    page.close()
+
+
+@pytest.mark.slow
+def test_a_finger_moves_the_point_and_not_the_page(browser, tmp_path):
+    page = alone(browser, figures()["placing"], tmp_path, width=390, height=500, touch=True)
+    start = page.centre(".xp-point")
+    scrolled = page.evaluate("scrollY")
+    cell = page.evaluate("document.querySelector('.xp-picture').getBoundingClientRect().width") / 4
+    page.swipe(start, cell, cell)
+    assert page.evaluate("[values.place, scrollY]") == [[2, 2], scrolled]
+    wide = "Math.max(...[...document.querySelectorAll('.xp, .xp *')].map(e => e.getBoundingClientRect().right))"
+    assert page.evaluate(wide) <= 391, "something is wider than the phone"
     page.close()
 
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from statistics import mean
@@ -92,3 +94,30 @@ def test_the_table_of_steps_says_what_its_records_say():
     assert faster == 3 and "in three of the four cases Hugging Face's as shipped is faster than ours with all" in text
     assert all(without < shipped for _, shipped, without in zip(*steps, strict=True))
     assert "ours is faster than Hugging Face's as shipped in all four" in text
+
+
+RUNNER = '''
+import sys
+from pathlib import Path
+
+sys.path.insert(0, {results!r})
+from side_by_side import run_missing
+
+
+def make(name):
+    if name == "bad":
+        raise ValueError("no luck")
+    return {{"metrics": {{"AP": 0.5}}, "seconds": 1.0}}
+
+
+if __name__ == "__main__":
+    run_missing(["bad", "good"], make, Path({folder!r}) / "trial.json", "a trial", "")
+'''
+
+
+def test_a_run_that_fails_is_named_and_those_beside_it_are_recorded(tmp_path):
+    (tmp_path / "trial.py").write_text(RUNNER.format(results=str(ROOT / "results"), folder=str(tmp_path)))
+    done = subprocess.run([sys.executable, str(tmp_path / "trial.py")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "1 of 2 runs failed: bad; give the command again" in done.stderr
+    assert "bad failed: ValueError('no luck')" in done.stdout
+    assert [row["name"] for row in read(tmp_path / "trial.json")["rows"]] == ["good"]

