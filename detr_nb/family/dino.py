@@ -23,9 +23,8 @@ from .focal import focal_criterion
 from .references import RefiningHead, reference_sine
 from .two_stage import ProposingQueries, TwoStageDETR, proposing_layouts
 from ..losses import SetCriterion, authors_criterion
-from ..model import MLP, Draws
+from ..model import MLP, DETRConfig, Draws
 from ..notation import Memory, Number, Queries, Target
-from ..positions import SinePositions
 from ..pretrained import READERS, adjust_state, layouts_of, rows
 from ..transformer import Decoder, QueryPosition
 
@@ -45,8 +44,11 @@ class MixedQueries(ProposingQueries):
         """Ask about the cells of which some class is likeliest."""
         found = self.propose(memory)
         chosen = self.best(found, found.logits.amax(-1))
-        content = self.contents.weight.expand(memory.x.shape[0], -1, -1)
-        return Queries(content, ref=chosen.boxes.detach(), proposals=chosen)
+        return Queries(
+            self.contents.weight.expand(memory.x.shape[0], -1, -1),
+            ref=chosen.boxes.detach(),
+            proposals=chosen,
+        )
 
 # %% ../../nbs/family/42_dino.ipynb #42d0000b
 class ContrastiveNoise(Noise):
@@ -134,8 +136,12 @@ class DINO(TwoStageDETR):
     CLASS_WEIGHT: ClassVar[Number] = 1.0
     TOP: ClassVar[int] = 300
     WEIGHTS: ClassVar[tuple[str, ...]] = ()
-    OWN: ClassVar = ("dn_number", "dn_label_noise_ratio", "dn_box_noise_scale")
-    FREE: ClassVar[tuple[str, ...]] = (*TwoStageDETR.FREE, *OWN)
+    FREE: ClassVar[tuple[str, ...]] = (
+        *TwoStageDETR.FREE,
+        "dn_number",
+        "dn_label_noise_ratio",
+        "dn_box_noise_scale",
+    )
 
     num_queries: QueryCount = 900
     dim_feedforward: Width = 2048
@@ -145,36 +151,38 @@ class DINO(TwoStageDETR):
     dn_label_noise_ratio: Share = 0.5
     dn_box_noise_scale: Share = 0.4
 
-    def positions(self) -> nn.Module:
-        """DETR's."""
-        return SinePositions(self.hidden_dim, self.temperature)
+    positions = DETRConfig.positions  # of far corners, not of centres
 
     def queries(self, columns: int, memory: nn.Module) -> nn.Module:
         """Proposals, and in training noised boxes."""
-        amounts = (self.dn_number, self.dn_label_noise_ratio, self.dn_box_noise_scale)
-        known = ContrastiveNoise(columns, self.hidden_dim, *amounts)
+        known = ContrastiveNoise(
+            columns,
+            self.hidden_dim,
+            self.dn_number,
+            self.dn_label_noise_ratio,
+            self.dn_box_noise_scale,
+        )
         chosen = MixedQueries(self.num_queries, self.hidden_dim, columns)
         return NoisedQueries(chosen, known)
 
-    def head(self, columns: int) -> nn.Module:
-        """One for all layers, which looks forward twice."""
-        return RefiningHead(self.hidden_dim, columns, 1e-3)
-
     def decoder(self, columns: int, memory: nn.Module, queries: nn.Module) -> nn.Module:
-        """Deformable DETR's, with a norm; boxes say where queries stand."""
-        plain, d = super().decoder(columns, memory, queries), self.hidden_dim
-        norm, position = nn.LayerNorm(d), BoxPosition(d)
-        return Decoder(list(plain.layers), norm, plain.head, position)
+        """Deformable DETR's layers and a norm; one head, which looks forward twice."""
+        layers, d = super().decoder(columns, memory, queries).layers, self.hidden_dim
+        return Decoder(
+            list(layers),
+            nn.LayerNorm(d),
+            RefiningHead(d, columns, 1e-3),
+            BoxPosition(d),
+        )
 
 # %% ../../nbs/family/42_dino.ipynb #42d00014
 @authors_criterion.register
 def dino_criterion(config: DINO, model: nn.Module, **weights: object) -> SetCriterion:
     """The loss of the family, and the same for the chosen cells (`loss_*_interm`) and
     for the noised queries (`loss_*_dn`)."""
-    names = {"proposals": "interm", "dn": "dn"}
     extra = {
         part: focal_criterion(config, model, **{**weights, "suffix": name})
-        for part, name in names.items()
+        for part, name in (("proposals", "interm"), ("dn", "dn"))
     }
     return focal_criterion(config, model, **weights, extra=extra)
 
@@ -211,11 +219,10 @@ def read_dino(checkpoint: Checkpoint) -> DINO | None:
     names = " ".join(state)
     if "sampling_offsets" not in names or "enc_out_class_embed" not in names:
         return None
-    own = {name: told[name] for name in DINO.OWN if name in told}
+    own = {name: told[name] for name in DINO.FREE if name in told}
+    own["num_queries"] = rows(state, "transformer.tgt_embed.weight")
     own["temperature"] = checkpoint.settings.get("temperature", 20)
-    count = rows(state, "transformer.tgt_embed.weight")
-    refined = {"num_queries": count, "with_box_refine": True}
-    return infer_deformable(checkpoint, DINO, **refined, **own)
+    return infer_deformable(checkpoint, DINO, with_box_refine=True, **own)
 
 
 READERS.append(read_dino)
