@@ -1785,6 +1785,63 @@ def tilted_bias(centre, scales, tilt, shape):
             "not divided": [(") / 8", ")")],
         },
     ),
+    ("36", "check_touched"): Answers(
+        right="""
+def touched(box_xyxy, stride):
+    x0, y0, x1, y1 = box_xyxy
+    columns = len(range(int(x0 // stride), math.ceil(x1 / stride)))
+    return columns * len(range(int(y0 // stride), math.ceil(y1 / stride)))
+""",
+        wrong={
+            "its area": [("return columns * rows", "return math.ceil((x1 - x0) * (y1 - y0))")],
+            "its sides, rounded up": [
+                ("math.ceil(x1) - math.floor(x0)", "math.ceil(x1 - x0)"),
+                ("math.ceil(y1) - math.floor(y0)", "math.ceil(y1 - y0)"),
+            ],
+            "lines belong to the cell behind them": [
+                ("math.ceil(x1)", "math.floor(x1) + 1"), ("math.ceil(y1)", "math.floor(y1) + 1"),
+            ],
+            "columns alone": [("columns * rows", "columns")],
+            "corners to the nearest line": [
+                ("math.ceil(x1) - math.floor(x0)", "max(round(x1) - round(x0), 1)"),
+                ("math.ceil(y1) - math.floor(y0)", "max(round(y1) - round(y0), 1)"),
+            ],
+            "taken for centre and size": [("columns = math.ceil(x1)", "columns = math.ceil(x0 + x1)")],
+        },
+    ),
+    ("36", "check_address"): Answers(
+        right="""
+def address(number, shapes):
+    starts = [sum(rows * columns for rows, columns in shapes[:level]) for level in range(len(shapes))]
+    level = max(place for place, start in enumerate(starts) if start <= number)
+    inside = number - starts[level]
+    return level, inside // shapes[level][1], inside % shapes[level][1]
+""",
+        wrong={
+            "column by column": [("*divmod(number, columns)", "*divmod(number, rows)[::-1]")],
+            "shapes are columns and rows": [("(rows, columns) in", "(columns, rows) in")],
+            "coarsest first": [("enumerate(shapes)", "list(enumerate(shapes))[::-1]")],
+            "levels from 1": [("return level,", "return level + 1,")],
+            "levels before are forgotten": [
+                ("*divmod(number, columns)", "*divmod(number + sum(a * b for a, b in shapes[:level]), columns)"),
+            ],
+            "one too late": [("if number < rows * columns", "if number <= rows * columns")],
+        },
+    ),
+    ("36", "check_overshoot"): Answers(
+        right="""
+def overshoot(height, stride):
+    return -height % stride
+""",
+        wrong={
+            "rounded down": [("math.ceil(height / stride)", "height // stride")],
+            "to the nearest": [("math.ceil(height / stride)", "round(height / stride)")],
+            "one row more, always": [("math.ceil(height / stride)", "height // stride + 1")],
+            "in cells": [("rows * stride - height", "rows - height // stride")],
+            "the other way": [("rows * stride - height", "height - rows * stride")],
+            "what is left over": [("return rows * stride - height", "return height % stride")],
+        },
+    ),
     ("37", "check_reach"): Answers(
         right="""
 def reach(columns=64, levels=4, points=4):
@@ -1875,61 +1932,6 @@ def best_cells(logits, proper, count):
             "only those that may not": [("~proper", "proper")],
             "worst first": [("indices", "indices.flip(1)")],
             "as if it were one image": [("return score", "return score.amax(0, keepdim=True).expand_as(score)")],
-    ("36", "check_touched"): Answers(
-        right="""
-def touched(box_xyxy, stride):
-    x0, y0, x1, y1 = box_xyxy
-    columns = len(range(int(x0 // stride), math.ceil(x1 / stride)))
-    return columns * len(range(int(y0 // stride), math.ceil(y1 / stride)))
-""",
-        wrong={
-            "its area": [("return columns * rows", "return math.ceil((x1 - x0) * (y1 - y0))")],
-            "its sides, rounded up": [
-                ("math.ceil(x1) - math.floor(x0)", "math.ceil(x1 - x0)"),
-                ("math.ceil(y1) - math.floor(y0)", "math.ceil(y1 - y0)"),
-            ],
-            "lines belong to the cell behind them": [
-                ("math.ceil(x1)", "math.floor(x1) + 1"), ("math.ceil(y1)", "math.floor(y1) + 1"),
-            ],
-            "columns alone": [("columns * rows", "columns")],
-            "corners to the nearest line": [
-                ("math.ceil(x1) - math.floor(x0)", "max(round(x1) - round(x0), 1)"),
-                ("math.ceil(y1) - math.floor(y0)", "max(round(y1) - round(y0), 1)"),
-            ],
-            "taken for centre and size": [("columns = math.ceil(x1)", "columns = math.ceil(x0 + x1)")],
-        },
-    ),
-    ("36", "check_address"): Answers(
-        right="""
-def address(number, shapes):
-    starts = [sum(rows * columns for rows, columns in shapes[:level]) for level in range(len(shapes))]
-    level = max(place for place, start in enumerate(starts) if start <= number)
-    inside = number - starts[level]
-    return level, inside // shapes[level][1], inside % shapes[level][1]
-""",
-        wrong={
-            "column by column": [("*divmod(number, columns)", "*divmod(number, rows)[::-1]")],
-            "shapes are columns and rows": [("(rows, columns) in", "(columns, rows) in")],
-            "coarsest first": [("enumerate(shapes)", "list(enumerate(shapes))[::-1]")],
-            "levels from 1": [("return level,", "return level + 1,")],
-            "levels before are forgotten": [
-                ("*divmod(number, columns)", "*divmod(number + sum(a * b for a, b in shapes[:level]), columns)"),
-            ],
-            "one too late": [("if number < rows * columns", "if number <= rows * columns")],
-        },
-    ),
-    ("36", "check_overshoot"): Answers(
-        right="""
-def overshoot(height, stride):
-    return -height % stride
-""",
-        wrong={
-            "rounded down": [("math.ceil(height / stride)", "height // stride")],
-            "to the nearest": [("math.ceil(height / stride)", "round(height / stride)")],
-            "one row more, always": [("math.ceil(height / stride)", "height // stride + 1")],
-            "in cells": [("rows * stride - height", "rows - height // stride")],
-            "the other way": [("rows * stride - height", "height - rows * stride")],
-            "what is left over": [("return rows * stride - height", "return height % stride")],
         },
     ),
     ("39", "check_count_slots"): Answers(
