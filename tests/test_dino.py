@@ -224,6 +224,26 @@ def test_the_full_model_is_as_large_as_the_authors_say():
     assert {name: weights[name] for name in theirs} == theirs
 
 
+def test_five_levels_are_four_of_the_backbone_and_one_more():
+    """As in the authors' larger model: strides 4 to 64."""
+    with torch.device("meta"):
+        model = DINO(BODY, num_feature_levels=5, num_backbone_outs=4).build(91)
+    assert model.memory.strides == (4, 8, 16, 32, 64) and model.memory.level_embed.shape == (5, 256)
+    assert [part[0].weight.shape[-1] for part in model.memory.project] == [1, 1, 1, 1, 3]
+
+
+def test_heads_of_a_file_that_differ_from_layer_to_layer_are_refused(authors, tmp_path):
+    """Here all layers share one head."""
+    saved = torch.load(authors.file, weights_only=False)
+    saved["model"]["class_embed.1.bias"] = saved["model"]["class_embed.1.bias"] + 1
+    saved["model"]["transformer.decoder.class_embed.1.bias"] = saved["model"]["class_embed.1.bias"]
+    torch.save(saved, tmp_path / "other.pth")
+    with torch.device("meta"):
+        model = SMALL.build(91)
+    with pytest.raises(ValueError, match="differ"):
+        load_pretrained(model, tmp_path / "other.pth")
+
+
 @pytest.mark.parametrize("changes", [{"temperature": 10000}, {"nheads": 4}, {"num_queries": 40}])
 def test_their_file_is_refused_by_a_model_of_other_options(authors, changes):
     with pytest.raises(ValueError, match="does not fit"):

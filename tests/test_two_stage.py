@@ -243,6 +243,19 @@ def test_options_that_cannot_be_are_refused():
         BoxProposals(0, 8, 3)
 
 
+@pytest.mark.parametrize("levels", [1, 2, 5])
+def test_any_number_of_levels_proposes(levels):
+    model = replace(TINY, num_feature_levels=levels).build(3).eval()
+    with torch.no_grad():
+        out = model(pictures())
+    # the finest of the last three maps first, and one of half the size for each level that the backbone lacks
+    cells = [16 * 24, 8 * 12, 8 * 12, 4 * 6, 2 * 3]
+    used = cells[2:3] if levels == 1 else cells[1:3] if levels == 2 else cells
+    assert out.logits.shape == (2, 2, 5, 3) and out.extra["proposals"].boxes.shape[2] == sum(used)
+    losses = criterion_for(model)(out, truth())
+    assert all(value.isfinite() for value in losses.values())
+
+
 # --- the model --------------------------------------------------------------------------------------------------------
 def reordered(order: Tensor):
     """`torch.topk` in which ranks change places."""

@@ -101,7 +101,7 @@ class BoxPosition(nn.Module):
 
     def __init__(self, d: int):
         super().__init__()
-        self.d, self.place = d, xavier_maps(MLP(2 * d, d, d))
+        self.place = xavier_maps(MLP(2 * d, d, d))
 
     def forward(
         self,
@@ -112,8 +112,8 @@ class BoxPosition(nn.Module):
         memory: Memory,
     ) -> QueryPosition:
         """The same for both kinds of attention; `pos` is not used."""
-        padded = ref * memory.valid[:, :1].repeat(1, 1, 2)
-        own = self.place(reference_sine(padded, self.d // 2))
+        share = memory.valid[:, :1].repeat(1, 1, 2)
+        own = self.place(reference_sine(ref * share, content.shape[-1] // 2))
         return QueryPosition(own, own)
 
 # %% ../../nbs/family/42_dino.ipynb #42d00012
@@ -135,7 +135,6 @@ class DINO(TwoStageDETR):
 
     CLASS_WEIGHT: ClassVar[Number] = 1.0
     TOP: ClassVar[int] = 300
-    WEIGHTS: ClassVar[tuple[str, ...]] = ()
     FREE: ClassVar[tuple[str, ...]] = (
         *TwoStageDETR.FREE,
         "dn_number",
@@ -162,8 +161,9 @@ class DINO(TwoStageDETR):
             self.dn_label_noise_ratio,
             self.dn_box_noise_scale,
         )
-        chosen = MixedQueries(self.num_queries, self.hidden_dim, columns)
-        return NoisedQueries(chosen, known)
+        return NoisedQueries(
+            MixedQueries(self.num_queries, self.hidden_dim, columns), known
+        )
 
     def decoder(self, columns: int, memory: nn.Module, queries: nn.Module) -> nn.Module:
         """Deformable DETR's layers and a norm; one head, which looks forward twice."""

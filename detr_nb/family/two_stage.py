@@ -95,8 +95,8 @@ class ProposingQueries(nn.Module, ABC):
         """What the cells with the highest scores see, the highest first."""
         check_cells(score.shape[1], self.count)
         cells = torch.topk(score, self.count, dim=1).indices[..., None]
-        logits, boxes = (part.take_along_dim(cells, 1) for part in found)
-        return Prediction(logits, boxes)
+        rows = (part.gather(1, cells.expand(-1, -1, part.shape[-1])) for part in found)
+        return Prediction(*rows)
 
     @abstractmethod
     def forward(
