@@ -385,7 +385,8 @@ def test_first_boxes_are_small():
 
 
 @pytest.mark.parametrize(("other", "words"), [
-    ({"num_feature_levels": 4}, "num_feature_levels is 3 in the file and 4"), ({"enc_n_points": 2}, "attention.offsets"),
+    ({"num_feature_levels": 4}, "num_feature_levels is 3 in the file and 4"),
+    ({"enc_n_points": 2}, "attention.offsets"),
     ({"num_queries": 10}, "num_queries is 5 in the file and 10"), ({"nheads": 4}, "cross.offsets"),
     ({"dec_layers": 3}, "dec_layers is 2 in the file and 3"), ({"with_box_refine": True}, "unknown|missing"),
 ], ids=str)
