@@ -338,7 +338,8 @@ class LayerHeads(nn.ModuleList):
         prediction: Prediction,
         ref: Float[Tensor, "b q r"],
     ) -> tuple[Float[Tensor, "b q 4"], Float[Tensor, "b q 4"]]:
-        """The predicted box, for both."""
+        """The predicted box, twice: where the next layer looks, and from where it
+        counts."""
         moved = prediction.boxes.detach()
         return moved, moved
 
