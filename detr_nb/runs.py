@@ -681,6 +681,10 @@ class Terminated(SystemExit):
     def __init__(self):
         super().__init__(128 + signal.SIGTERM)
 
+    def __reduce__(self) -> tuple[type, tuple]:
+        """Processes of a pool hand exceptions to each other."""
+        return type(self), ()
+
 # %% ../nbs/86_runs.ipynb #9f2bbad4
 class Interrupted(BaseException):
     """A signal has come while work was done that can be done again."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -27,7 +28,7 @@ from detr_nb.checks import DataError
 from detr_nb.formats import CocoData, CocoDataset, Sizes, write_coco
 from detr_nb.loading import Augmented, MemoryDataset, batches
 from detr_nb.matcher import NotFinite
-from detr_nb.runs import save_atomically
+from detr_nb.runs import Terminated, save_atomically
 from detr_nb.shapes import EASY, Scenes
 from detr_nb.steps import checked_step
 from detr_nb.training import build_criterion, check_before, create_run, fit
@@ -628,3 +629,9 @@ def test_going_on_with_other_annotations_is_said(coco, tmp_path, capsys):
     assert re.search(r"the data have changed since .*checkpoint\.pt was written", capsys.readouterr().err)
     fit(config)
     assert "changed" not in capsys.readouterr().err
+
+
+def test_a_pool_learns_that_one_of_its_runs_was_terminated():
+    """Exceptions travel between processes as pickles; one that cannot be rebuilt breaks the whole pool."""
+    there = pickle.loads(pickle.dumps(Terminated()))
+    assert type(there) is Terminated and there.code == 143
