@@ -315,7 +315,8 @@ def neutral(plain: DETR) -> DETR:
     same = {name: value for name, value in plain.state_dict().items()
             if name in own and own[name].shape == value.shape}
     rest = model.load_state_dict(same, strict=False).missing_keys
-    assert all(re.search(r"attention\.(offsets|scores)|\.cross\.|queries|level_embed|project", name) for name in rest), rest
+    new = r"attention\.(offsets|scores)|\.cross\.|queries|level_embed|project"
+    assert all(re.search(new, name) for name in rest), rest
     nn.init.zeros_(model.memory.level_embed), nn.init.zeros_(model.queries.reference.weight)
     pos = plain.queries.embedding.weight
     model.queries.embedding.weight.copy_(torch.cat((pos, torch.zeros_like(pos)), 1))
