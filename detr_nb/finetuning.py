@@ -182,6 +182,7 @@ class TimmBackbone(nn.Module):
 
     Attributes:
         strides: of each feature map, finest first.
+        widths: channels of each.
         channels: of the last feature map.
 
     Raises:
@@ -193,7 +194,8 @@ class TimmBackbone(nn.Module):
         super().__init__()
         self.body = body_of(name, pretrained, stride)
         self.strides = tuple(self.body.feature_info.reduction())
-        self.channels = self.body.feature_info.channels()[-1]
+        self.widths = tuple(self.body.feature_info.channels())
+        self.channels = self.widths[-1]
 
     def blocks(self) -> list[nn.Module]:
         """Nothing that may be computed twice: the parts of timm's bodies differ."""

@@ -70,7 +70,8 @@ def test_every_level_is_what_one_level_reads():
         assert_close(level.x, model.project[i](features[i]).permute(0, 2, 3, 1).flatten(1, 2))
         assert torch.equal(level.pad, grid.flatten(1))
         assert_close(level.pos, CentrePositions(32)(grid).flatten(1, 2) + model.level_embed[i])
-        assert_close(level.valid[:, 0], torch.stack(((~grid[:, 0]).float().mean(1), (~grid[:, :, 0]).float().mean(1)), 1))
+        columns, rows = ((~line).float().mean(1) for line in (grid[:, 0], grid[:, :, 0]))
+        assert_close(level.valid[:, 0], torch.stack((columns, rows), 1))
     assert [grid.shape[-2:] for grid in memory.grids()] == list(memory.shapes)
     assert_close(memory.grids()[1], model.project[1](features[1]))
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..checkpoints import Checkpoint, Rules
@@ -35,7 +36,7 @@ from detr_nb.pretrained import (
     resnet_name,
     rows,
 )
-from ..transformer import Decoder, DecoderLayer, QueryPosition
+from ..transformer import QueryPosition
 
 # %% ../../nbs/family/37_deformable.ipynb #370b0008
 def sample_grids(
@@ -70,6 +71,114 @@ def sample_grids(
         sums.append((found * shares[:, None]).sum(-1))
     total = torch.stack(sums).sum(0).unflatten(0, (-1, values.shape[2]))  # b h k q
     return total.permute(0, 3, 1, 2).flatten(2)
+
+# %% ../../nbs/family/37_deformable.ipynb #37f00002
+def framed_rows(
+    values: Float[Tensor, "b s h k"], shapes: Sequence[tuple[int, int]]
+) -> Float[Tensor, "b n h k"]:
+    """The cells of all levels in one picture, framed by zeros, row by row."""
+    width = max(columns for _, columns in shapes)
+    parts = values.split([rows * columns for rows, columns in shapes], 1)
+    grids = [
+        F.pad(part.unflatten(1, shape), (0, 0, 0, 0, 1, width - shape[1], 1, 0))
+        for part, shape in zip(parts, shapes, strict=True)
+    ]
+    return F.pad(torch.cat(grids, 1), (0,) * 7 + (2,)).flatten(1, 2)
+
+# %% ../../nbs/family/37_deformable.ipynb #37f00005
+def corner_shares(
+    points: Float[Tensor, "b q h l p 2"],
+    weights: Float[Tensor, "b q h l p"],
+    shapes: Sequence[tuple[int, int]],
+) -> tuple[Int[Tensor, "b q h l p"], Float[Tensor, "b q h l p 4"]]:
+    """The place of the upper left of the four cells of each point, and the shares of
+    all four: upper left, upper right, lower left, lower right."""
+    width = 1 + max(columns for _, columns in shapes)
+    sides = points.new_tensor([(columns, rows) for rows, columns in shapes])[:, None]
+    place = points * sides - 0.5  # in cells; the first has its centre at 0
+    low = place.detach().floor().nan_to_num().clamp(min=-1).minimum(sides - 1)
+    x, y = (place - low).clamp(0, 1).unbind(-1)
+    lower, right = weights * y, weights * x
+    both = lower * x
+    shares = (weights - lower - right + both, right - both, lower - both, both)
+    column, row = low.unbind(-1)
+    tops = [sum(rows + 1 for rows, _ in shapes[:i]) + 1 for i in range(len(shapes))]
+    row = row + row.new_tensor(tops)[:, None]
+    return (row * width + column + 1).int(), torch.stack(shares, -1)
+
+# %% ../../nbs/family/37_deformable.ipynb #37f00008
+class TableGradient(torch.autograd.Function):
+    """Give on what was read; the gradient also goes to the table that it was read
+    from."""
+
+    @staticmethod
+    def forward(
+        ctx: object,
+        found: Float[Tensor, "n k"],
+        table: Float[Tensor, "m k"],
+        first: Int[Tensor, "n p"],
+        shares: Float[Tensor, "n p 4"],
+        steps: tuple[int, int, int, int],
+    ) -> Float[Tensor, "n k"]:
+        """`found` itself: row n is the sum of rows of the table, p times four, at
+        `steps` from `first`."""
+        ctx.save_for_backward(first, shares)
+        ctx.size, ctx.steps = table.shape, steps
+        return found.view_as(found)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: object, grad: Float[Tensor, "n k"]) -> tuple[Tensor | None, ...]:
+        """The same for `found`; for the table, what all of its readers ask."""
+        first, shares = ctx.saved_tensors
+        grad, total = grad.contiguous(), grad.new_zeros(ctx.size)
+        cells, order = first.flatten().sort(stable=True)
+        readers = order.div(first.shape[1], rounding_mode="floor")
+        every = torch.arange(len(total), dtype=cells.dtype, device=cells.device)
+        starts = torch.searchsorted(cells, every)
+        for step, share in zip(ctx.steps, shares.flatten(0, 1)[order].mT, strict=True):
+            share = share.contiguous()
+            asked = F.embedding_bag(
+                readers, grad, starts, per_sample_weights=share, mode="sum"
+            )
+            total[step:] += asked[: len(asked) - step]
+        return grad, total, None, None, None
+
+# %% ../../nbs/family/37_deformable.ipynb #37f00009
+def sample_rows(
+    values: Float[Tensor, "b s h k"],
+    shapes: Sequence[tuple[int, int]],
+    points: Float[Tensor, "b q h l p 2"],
+    weights: Float[Tensor, "b q h l p"],
+) -> Float[Tensor, "b q d"]:
+    """What `sample_grids` gives, read as rows of a table."""
+    table = framed_rows(values, shapes)
+    b, n, h, _ = table.shape
+    first, shares = corner_shares(points, weights, shapes)
+    image, head = (torch.arange(i, device=first.device).int() for i in (b, h))
+    first = (first + n * image[:, None, None, None, None]) * h + head[:, None, None]
+    first, shares = first.flatten(3).flatten(0, 2), shares.flatten(3, 4).flatten(0, 2)
+    width = 1 + max(columns for _, columns in shapes)
+    steps = (0, h, width * h, (width + 1) * h)
+    places = (first[..., None] + first.new_tensor(steps)).flatten(1)
+    table = table.flatten(0, 2)
+    found = F.embedding_bag(
+        places, table.detach(), per_sample_weights=shares.flatten(1), mode="sum"
+    )
+    found = TableGradient.apply(found, table, first, shares.detach(), steps)
+    return found.unflatten(0, (b, -1, h)).flatten(2)
+
+# %% ../../nbs/family/37_deformable.ipynb #37f0000c
+def sample(
+    values: Float[Tensor, "b s h k"],
+    shapes: Sequence[tuple[int, int]],
+    points: Float[Tensor, "b q h l p 2"],
+    weights: Float[Tensor, "b q h l p"],
+) -> Float[Tensor, "b q d"]:
+    """What is read at points, in the way that suits the machine; see `sample_grids`."""
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    rows = not recorded and values.is_cpu and 8 * points.shape[1] > values.shape[1]
+    return (sample_rows if rows else sample_grids)(values, shapes, points, weights)
 
 # %% ../../nbs/family/37_deformable.ipynb #370b000c
 def sampling_points(
@@ -143,7 +252,7 @@ class SampledAttention(nn.Module):
         values = self.v(x).masked_fill(memory.pad[..., None], 0)
         points = points * memory.valid[:, None, None, :, None]
         cells = values.unflatten(-1, (self.heads, -1)).to(points.dtype)
-        found = sample_grids(cells, memory.shapes, points, weights.to(points.dtype))
+        found = sample(cells, memory.shapes, points, weights.to(points.dtype))
         return self.out(found.to(values.dtype))
 
 # %% ../../nbs/family/37_deformable.ipynb #370b0012
@@ -202,8 +311,10 @@ class PlacedQueries(ObjectQueries):
         self, memory: Memory, targets: Sequence[Target] | None = None
     ) -> Queries:
         """The same for every image; references are shares (x, y) of the picture."""
-        table = self.embedding.weight.expand(memory.x.shape[0], -1, -1)
-        pos, content = table.chunk(2, -1)
+        pos, content = (
+            half.expand(memory.x.shape[0], -1, -1)
+            for half in self.embedding.weight.chunk(2, -1)
+        )
         return Queries(content, pos, ref=self.reference(pos).sigmoid())
 
 # %% ../../nbs/family/37_deformable.ipynb #370b0018
@@ -273,16 +384,21 @@ class DeformableDETR(FocalDETR):
 
     def memory(self) -> nn.Module:
         """Several levels."""
-        levels = self.num_feature_levels, self.num_backbone_outs
-        parts = self.backbone.build(), self.positions(), self.hidden_dim
-        return PyramidMemory(*parts, *levels)
+        return PyramidMemory(
+            self.backbone.build(),
+            self.positions(),
+            self.hidden_dim,
+            self.num_feature_levels,
+            self.num_backbone_outs,
+        )
 
     def encoder(self, memory: nn.Module) -> nn.Module:
         """DETR's, whose cells sample."""
         encoder = super().encoder(memory)
-        sizes = self.hidden_dim, self.nheads, self.num_feature_levels, self.enc_n_points
         for layer in encoder.layers:
-            layer.attention = SampledCellAttention(*sizes)
+            layer.attention = SampledCellAttention(
+                *self.layer_sizes()[:2], self.num_feature_levels, self.enc_n_points
+            )
         return encoder
 
     def queries(self, columns: int, memory: nn.Module) -> nn.Module:
@@ -290,20 +406,24 @@ class DeformableDETR(FocalDETR):
         return PlacedQueries(self.num_queries, self.hidden_dim)
 
     def decoder(self, columns: int, memory: nn.Module, queries: nn.Module) -> nn.Module:
-        """Layers that sample; no norm behind them, unless they normalise before."""
-        d, layers = self.hidden_dim, []
-        sizes = d, self.nheads, self.num_feature_levels, self.dec_n_points
-        for _ in range(self.dec_layers):
-            cross = SampledCrossAttention(*sizes)
-            layers.append(DecoderLayer(*self.layer_sizes(), cross=cross))
-        norm = nn.LayerNorm(d) if self.pre_norm else nn.Identity()
-        return Decoder(layers, norm, self.head(columns))
+        """DETR's, whose queries sample; no norm behind the layers, unless they normalise
+        before."""
+        decoder = super().decoder(columns, memory, queries)
+        for layer in decoder.layers:
+            layer.cross = SampledCrossAttention(
+                *self.layer_sizes()[:2], self.num_feature_levels, self.dec_n_points
+            )
+        decoder.norm = decoder.norm if self.pre_norm else nn.Identity()
+        decoder.head = self.head(columns)
+        return decoder
 
     def head(self, columns: int) -> nn.Module:
         """One for all layers, or with refinement one for each; first boxes have about an
         eighth of the picture's sides."""
-        count = self.dec_layers if self.with_box_refine else 1
-        heads = [ReferenceHead(self.hidden_dim, columns) for _ in range(count)]
+        heads = [
+            ReferenceHead(self.hidden_dim, columns)
+            for _ in range(self.dec_layers if self.with_box_refine else 1)
+        ]
         nn.init.constant_(heads[0].boxes[-1].bias[2:], -2.0)
         return LayerHeads(heads) if self.with_box_refine else heads[0]
 
@@ -352,11 +472,17 @@ def adjust_heads(
     config: DeformableDETR, state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Heads as this model has them: one for each layer, or one for all."""
+    levels, own = rows(state, "memory.level_embed"), config.num_feature_levels
+    if levels not in (None, own):
+        raise ValueError(
+            f"it does not fit: num_feature_levels is {levels} in the file and {own} in"
+            f" the model; build one with num_feature_levels={levels}"
+        )
     found: dict[str, dict[str, Tensor]] = {}
     rest = {}
     for name, value in state.items():
-        if own := re.fullmatch(r"decoder\.head\.(\d+)\.(.*)", name):
-            found.setdefault(own[2], {})[name] = value
+        if place := re.fullmatch(r"decoder\.head\.\d+\.(.*)", name):
+            found.setdefault(place[1], {})[name] = value
         else:
             rest[name] = value
     for part, layers in found.items():
