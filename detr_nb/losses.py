@@ -327,31 +327,27 @@ class SetCriterion(nn.Module):
             )
 
     @property
-    def all_weights(self) -> dict[str, Number]:
-        """Weight of each loss of the last layer by its name, those of the extra parts
-        among them."""
-        parts = [
-            {
-                with_part(name, part.suffix or key): weight
-                for name, weight in part.all_weights.items()
-            }
-            for key, part in self.extra.items()
-        ]
-        return {
-            name: weight
-            for weights in (self.last_layer_weights, *parts)
-            for name, weight in weights.items()
-        }
-
-    @property
     def weights(self) -> dict[str, Number]:
-        """Weight of every loss that enters the total, by its official name."""
-        last = self.all_weights
-        return last | {
+        """Weight of every loss that enters the total, by its official name; those of
+        the extra parts among them."""
+        last = self.last_layer_weights
+        earlier = {
             f"{name}_{i}": weight
             for i in range(self.dec_layers - 1)
             for name, weight in last.items()
         }
+        parts = {
+            with_part(name, part.suffix or key): weight
+            for key, part in self.extra.items()
+            for name, weight in part.weights.items()
+        }
+        return last | earlier | parts
+
+    @property
+    def all_weights(self) -> dict[str, Number]:
+        """Those of the last layer alone."""
+        weights = self.weights.items()
+        return {n: weight for n, weight in weights if not re.search(r"_\d+$", n)}
 
     def reweigh(self, name: str, weight: Number) -> None:
         """Give one loss, such as `loss_ce`, another weight; that of the extra parts

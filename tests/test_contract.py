@@ -348,9 +348,9 @@ LENGTHS = {"conditional": 58, "anchor": 96, "dab": 40, "smca": 58, "denoising": 
 SAMPLING = {"sample_grids", "sampling_points", "star", "SampledAttention", "SampledCellAttention",
             "SampledCrossAttention"}
 ROWS = {"framed_rows", "corner_shares", "TableGradient", "sample_rows", "sample"}  # the same, faster
-PROPOSALS = {"ProposingQueries", "grid_boxes", "check_cells"}
+PROPOSING = {"ProposingQueries", "grid_boxes", "check_cells"}
 # with other members, of which some are still to come
-SHARED = {"xavier_maps", "Noise", "NoisedQueries", "ContrastiveNoise", "LayerHeads", *SAMPLING, *ROWS, *PROPOSALS}
+SHARED = {"xavier_maps", "Noise", "NoisedQueries", "LayerHeads", "ContrastiveNoise", *SAMPLING, *ROWS, *PROPOSING}
 
 
 @pytest.mark.parametrize("module", LENGTHS)

@@ -127,11 +127,17 @@ def test_detections_are_the_authors(authors):
     authors.check_detections()
 
 
-@pytest.mark.parametrize("key", BATCHES)
-def test_chosen_cells_are_the_authors(authors, ours, key):
+@pytest.fixture(scope="module")
+def memories(ours) -> dict[str, Memory]:
+    """What the encoder makes of each batch."""
     with torch.no_grad():
-        memory = ours.encoder(ours.memory(*batch(*BATCHES[key])))
-        chooser = ours.queries.queries
+        return {key: ours.encoder(ours.memory(*batch(*BATCHES[key]))) for key in BATCHES}
+
+
+@pytest.mark.parametrize("key", BATCHES)
+def test_chosen_cells_are_the_authors(authors, ours, memories, key):
+    memory, chooser = memories[key], ours.queries.queries
+    with torch.no_grad():
         found, asked = chooser.propose(memory), chooser(memory)
     score, cells = torch.topk(found.logits.amax(-1), 30, dim=1)
     start, proper = grid_boxes(memory)
@@ -151,11 +157,10 @@ def test_their_file_tells_what_it_holds(authors):
     assert_close(model.state_dict(), authors.model().state_dict(), rtol=0, atol=0)
 
 
-def test_noised_queries_are_the_authors(authors):
-    model, order = authors.model(), authors.order()
+def test_noised_queries_are_the_authors(authors, ours, memories):
+    order = authors.order()
     with torch.no_grad():
-        memory = model.encoder(model.memory(*batch(*BATCHES[""])))
-        asked = model.queries(memory, authors.targets())
+        asked = ours.queries(memories[""], authors.targets())
     noised = int(authors["dn/pad_size"])
     assert_close(asked.ref[:, order][:, :noised], authors["dn/query_boxes_unsigmoid"].sigmoid(), atol=1e-6, rtol=0)
     label_sum = asked.content[:, order][:, :noised].sum(-1)
@@ -175,12 +180,13 @@ def test_both_parts_of_a_training_step_are_the_authors(authors, trained):
 
 
 @pytest.mark.parametrize("key", ["train/", ""])
-def test_all_their_losses_are_ours(authors, ours, trained, key):
+def test_all_their_losses_are_ours(authors, ours, memories, trained, key):
     """By their names; without noised queries theirs are 0, and ours are not there."""
     losses = trained[2]
     if not key:
         with torch.no_grad():
-            losses = criterion_for(ours)(ours(*batch(*BATCHES[""])), authors.targets())
+            out = ours.decoder(ours.queries(memories[""]), memories[""])
+            losses = criterion_for(ours)(out, authors.targets())
     checked = 0
     for name, value in authors.under(f"{key}loss/").items():
         if name.startswith(("loss_ce", "loss_bbox", "loss_giou")):
@@ -219,9 +225,12 @@ def test_the_full_model_is_as_large_as_the_authors_say():
         model = DINO(BODY).build(91)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == 47
     assert model.queries.count == 900 and model.scores.top == 300
-    weights = criterion_for(model).weights
+    assert len(criterion_for(model).weights) == 3 * (6 + 6 + 1)
+
+
+def test_losses_weigh_what_they_weigh_with_the_authors(ours):
     theirs = json.loads((DATA / f"{NAME}.json").read_text())["loss_weights"]
-    assert {name: weights[name] for name in theirs} == theirs
+    assert criterion_for(ours).weights == theirs
 
 
 def test_five_levels_are_four_of_the_backbone_and_one_more():

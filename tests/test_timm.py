@@ -50,7 +50,7 @@ def test_features_are_those_of_the_network_with_the_weights_of_a_file(theirs, fi
         for found in (ours.eval()(images), ours.train()(images)):
             assert [x.shape for x in found] == [x.shape for x in expected]
             assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    assert ours.strides == (2, 4, 8, 16, 32) and ours.channels == 320
+    assert ours.strides == (2, 4, 8, 16, 32) and ours.widths[-1] == ours.channels == 320 and len(ours.widths) == 5
 
 
 def test_a_file_that_lacks_a_part_is_refused_by_name(file, tmp_path, theirs):

@@ -181,8 +181,10 @@ def dino_criterion(config: DINO, model: nn.Module, **weights: object) -> SetCrit
     """The loss of the family, and the same for the chosen cells (`loss_*_interm`) and
     for the noised queries (`loss_*_dn`)."""
     extra = {
-        part: focal_criterion(config, model, **{**weights, "suffix": name})
-        for part, name in (("proposals", "interm"), ("dn", "dn"))
+        "proposals": focal_criterion(
+            config, model, **{**weights, "suffix": "interm", "dec_layers": 1}
+        ),
+        "dn": focal_criterion(config, model, **weights),
     }
     return focal_criterion(config, model, **weights, extra=extra)
 

@@ -191,7 +191,7 @@ def two_stage_criterion(
 ) -> SetCriterion:
     """Deformable DETR's loss, and the same for all cells (`loss_*_enc`), which need not
     know the class."""
-    cells = {"prepare": one_class, "suffix": "enc"}
+    cells = {"prepare": one_class, "suffix": "enc", "dec_layers": 1}
     extra = {"proposals": focal_criterion(config, model, **{**weights, **cells})}
     return focal_criterion(config, model, **weights, extra=extra)
 
