@@ -297,6 +297,9 @@ HOMES = {
     "DABDETR": "detr_nb.family.dab",
     "SMCADETR": "detr_nb.family.smca",
     "DNDETR": "detr_nb.family.denoising",
+    "DeformableDETR": "detr_nb.family.deformable",
+    "TwoStageDETR": "detr_nb.family.two_stage",
+    "DINO": "detr_nb.family.dino",
     "TimmConfig": "detr_nb.finetuning",
 }
 

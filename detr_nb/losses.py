@@ -270,6 +270,8 @@ class SetCriterion(nn.Module):
         extra: criterion of each extra part, by its name in `Output.extra`.
         prepare: what becomes of the targets before anything else, such as another label
             for all; nothing if left out.
+        suffix: what the names of the losses end with where this is an extra part; the
+            name of the part if left out.
 
     Attributes:
         last_layer_weights: weight of each loss, the same at every layer; may change
@@ -298,6 +300,7 @@ class SetCriterion(nn.Module):
         class_term: CostTerm = class_cost,
         extra: Mapping[str, "SetCriterion"] | None = None,
         prepare: Callable[[Sequence[Target]], Sequence[Target]] | None = None,
+        suffix: str | None = None,
     ):
         super().__init__()
         self.num_classes, self.dec_layers = num_classes, dec_layers
@@ -313,6 +316,7 @@ class SetCriterion(nn.Module):
             "loss_giou": weight_giou,
         }
         self.extra, self.prepare = nn.ModuleDict(extra or {}), prepare or list
+        self.suffix = suffix
         if bad := [
             name for name, part in self.extra.items() if part.classes.counts_queries
         ]:
@@ -327,7 +331,10 @@ class SetCriterion(nn.Module):
         """Weight of each loss of the last layer by its name, those of the extra parts
         among them."""
         parts = [
-            {with_part(name, key): weight for name, weight in part.all_weights.items()}
+            {
+                with_part(name, part.suffix or key): weight
+                for name, weight in part.all_weights.items()
+            }
             for key, part in self.extra.items()
         ]
         return {
@@ -402,8 +409,9 @@ class SetCriterion(nn.Module):
                 " for the model (`authors_criterion`)"
             )
         for name, part in out.extra.items():
-            found = self.extra[name](part, targets, by.extra[name])
-            losses |= {with_part(key, name): value for key, value in found.items()}
+            judge = self.extra[name]
+            found, suffix = judge(part, targets, by.extra[name]), judge.suffix or name
+            losses |= {with_part(key, suffix): value for key, value in found.items()}
         return losses
 
     def own_losses(

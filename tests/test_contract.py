@@ -314,6 +314,8 @@ NEVER_THERE = {  # in a member and in those built on it
     "AnchorDETR": {r"^memory\.project\.0\.bias$": NORMED},
     "DeformableDETR": {r"^memory\.project\.\d\.0\.bias$": NORMED},
 }
+# Members whose queries are cells by rank, so that nobody can say which is the first; their own tests permute the ranks.
+RANKED = {"TwoStageDETR", "DINO"}
 
 
 @cache
@@ -336,16 +338,19 @@ def member(name: str) -> DETR:
 
 def test_the_suite_knows_the_members():
     assert {"FocalDETR", "ConditionalDETR", "DABDETR", "SMCADETR"} <= set(MEMBERS)
-    assert PADDING_SEEN.keys() | NEVER_THERE.keys() <= set(MEMBERS)
+    assert PADDING_SEEN.keys() | NEVER_THERE.keys() | RANKED <= set(MEMBERS)
 
 
 # Lines of a member beyond 30 and 31, as its page counts them. Names in others' files and their readers do not count.
 # The aim was 40, and 60 where the attention is new (conditional, Anchor) and for SMCA; Anchor misses it.
-LENGTHS = {"conditional": 58, "anchor": 96, "dab": 40, "smca": 58, "denoising": 31, "deformable": 40}
+LENGTHS = {"conditional": 58, "anchor": 96, "dab": 40, "smca": 58, "denoising": 31, "deformable": 40, "two_stage": 32,
+           "dino": 40}
 SAMPLING = {"sample_grids", "sampling_points", "star", "SampledAttention", "SampledCellAttention",
             "SampledCrossAttention"}
 ROWS = {"framed_rows", "corner_shares", "TableGradient", "sample_rows", "sample"}  # the same, faster
-SHARED = {"xavier_maps", "Noise", "NoisedQueries", "LayerHeads", *SAMPLING, *ROWS}  # with other members
+PROPOSALS = {"ProposingQueries", "grid_boxes", "check_cells"}
+# with other members, of which some are still to come
+SHARED = {"xavier_maps", "Noise", "NoisedQueries", "ContrastiveNoise", "LayerHeads", *SAMPLING, *ROWS, *PROPOSALS}
 
 
 @pytest.mark.parametrize("module", LENGTHS)
@@ -370,7 +375,8 @@ def test_shapes_of_a_member(name):
     assert out.logits.shape[:2] == (LAYERS, 3) and out.logits.shape[2] % QUERIES == 0
     assert out.logits.shape[3] == model.scores.columns(CLASSES) and model.num_classes == CLASSES
     assert out.boxes.shape == (*out.logits.shape[:3], 4)
-    assert ((out.boxes >= 0) & (out.boxes <= 1)).all() and out.logits.isfinite().all() and not out.extra
+    assert ((out.boxes >= 0) & (out.boxes <= 1)).all() and out.logits.isfinite().all()
+    assert out.extra.keys() == ({"proposals"} if name in RANKED else set())
     found = model.postprocess(out, [(64, 96)] * 3)
     assert all(len(row["scores"]) and row["labels"].max() < CLASSES for row in found)
 
@@ -410,6 +416,8 @@ def test_padded_cells_change_nothing_in_a_member(name):
 
 @every_member
 def test_permuted_queries_permute_the_output_of_a_member(name):
+    if name in RANKED:
+        pytest.skip("queries are cells by rank")
     model, order = member(name), torch.randperm(QUERIES, generator=torch.Generator().manual_seed(4))
     before = detect(model)
     blocks = before.logits.shape[2] // QUERIES  # patterns: all places with the first, then all with the second

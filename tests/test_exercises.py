@@ -1785,6 +1785,63 @@ def tilted_bias(centre, scales, tilt, shape):
             "not divided": [(") / 8", ")")],
         },
     ),
+    ("36", "check_touched"): Answers(
+        right="""
+def touched(box_xyxy, stride):
+    x0, y0, x1, y1 = box_xyxy
+    columns = len(range(int(x0 // stride), math.ceil(x1 / stride)))
+    return columns * len(range(int(y0 // stride), math.ceil(y1 / stride)))
+""",
+        wrong={
+            "its area": [("return columns * rows", "return math.ceil((x1 - x0) * (y1 - y0))")],
+            "its sides, rounded up": [
+                ("math.ceil(x1) - math.floor(x0)", "math.ceil(x1 - x0)"),
+                ("math.ceil(y1) - math.floor(y0)", "math.ceil(y1 - y0)"),
+            ],
+            "lines belong to the cell behind them": [
+                ("math.ceil(x1)", "math.floor(x1) + 1"), ("math.ceil(y1)", "math.floor(y1) + 1"),
+            ],
+            "columns alone": [("columns * rows", "columns")],
+            "corners to the nearest line": [
+                ("math.ceil(x1) - math.floor(x0)", "max(round(x1) - round(x0), 1)"),
+                ("math.ceil(y1) - math.floor(y0)", "max(round(y1) - round(y0), 1)"),
+            ],
+            "taken for centre and size": [("columns = math.ceil(x1)", "columns = math.ceil(x0 + x1)")],
+        },
+    ),
+    ("36", "check_address"): Answers(
+        right="""
+def address(number, shapes):
+    starts = [sum(rows * columns for rows, columns in shapes[:level]) for level in range(len(shapes))]
+    level = max(place for place, start in enumerate(starts) if start <= number)
+    inside = number - starts[level]
+    return level, inside // shapes[level][1], inside % shapes[level][1]
+""",
+        wrong={
+            "column by column": [("*divmod(number, columns)", "*divmod(number, rows)[::-1]")],
+            "shapes are columns and rows": [("(rows, columns) in", "(columns, rows) in")],
+            "coarsest first": [("enumerate(shapes)", "list(enumerate(shapes))[::-1]")],
+            "levels from 1": [("return level,", "return level + 1,")],
+            "levels before are forgotten": [
+                ("*divmod(number, columns)", "*divmod(number + sum(a * b for a, b in shapes[:level]), columns)"),
+            ],
+            "one too late": [("if number < rows * columns", "if number <= rows * columns")],
+        },
+    ),
+    ("36", "check_overshoot"): Answers(
+        right="""
+def overshoot(height, stride):
+    return -height % stride
+""",
+        wrong={
+            "rounded down": [("math.ceil(height / stride)", "height // stride")],
+            "to the nearest": [("math.ceil(height / stride)", "round(height / stride)")],
+            "one row more, always": [("math.ceil(height / stride)", "height // stride + 1")],
+            "in cells": [("rows * stride - height", "rows - height // stride")],
+            "the other way": [("rows * stride - height", "height - rows * stride")],
+            "what is left over": [("return rows * stride - height", "return height % stride")],
+        },
+    ),
     ("37", "check_reach"): Answers(
         right="""
 def reach(columns=64, levels=4, points=4):
@@ -1837,6 +1894,44 @@ def misplaced(sides):
             "rows count": [("sides[:, 0]", "sides[:, 1]")],
             "in cells": [("1 / columns[0] - 1 / columns", "columns / columns[0] - 1")],
             "the last level's cells": [("columns[0]", "columns[-1]")],
+        },
+    ),
+    ("38", "check_may_propose"): Answers(
+        right="""
+def may_propose(cells_in_a_row, side):
+    count = 0
+    for row in range(cells_in_a_row):
+        for column in range(cells_in_a_row):
+            numbers = ((row + 0.5) / cells_in_a_row, (column + 0.5) / cells_in_a_row, side)
+            count += all(0.01 < number < 0.99 for number in numbers)
+    return count
+""",
+        wrong={
+            "the square must lie inside": [
+                ("(centres > 0.01) & (centres < 0.99)", "(centres > side / 2) & (centres < 1 - side / 2)")
+            ],
+            "the side does not count": [("good**2 if 0.01 < side < 0.99 else 0", "good**2")],
+            "one row": [("good**2", "good")],
+            "centres do not count": [("good**2", "cells_in_a_row**2")],
+            "corners instead of centres": [("(cells_in_a_row) + 0.5", "(cells_in_a_row) + 0.0")],
+        },
+    ),
+    ("38", "check_best_cells"): Answers(
+        right="""
+def best_cells(logits, proper, count):
+    found = []
+    for some, good in zip(logits, proper):
+        order = sorted(range(len(some)), key=lambda cell: (not good[cell], -float(some[cell].max())))
+        found.append(order[:count])
+    return torch.tensor(found)
+""",
+        wrong={
+            "by the first class": [("logits.amax(-1)", "logits[..., 0]")],
+            "by the sum of all classes": [("logits.amax(-1)", "logits.sum(-1)")],
+            "whoever may propose": [(".masked_fill(~proper, -math.inf)", "")],
+            "only those that may not": [("~proper", "proper")],
+            "worst first": [("indices", "indices.flip(1)")],
+            "as if it were one image": [("return score", "return score.amax(0, keepdim=True).expand_as(score)")],
         },
     ),
     ("39", "check_count_slots"): Answers(
@@ -1930,6 +2025,49 @@ def instability(before, after, queries):
             "a share": [("int((rows[0] != rows[1]).sum())", "round(float((rows[0] != rows[1]).float().mean()))")],
             "none is object 0": [("torch.full((queries,), -1)", "torch.full((queries,), 0)")],
             "how far": [("(rows[0] != rows[1])", "(rows[0] - rows[1]).abs()")],
+        },
+    ),
+    ("42", "check_noised_queries"): Answers(
+        right="""
+def noised_queries(counts, number=100):
+    groups = number // max(counts)
+    return 2 * max(counts) * (groups if groups else 1)
+""",
+        wrong={
+            "one copy": [(" * 2 * most", " * most")],
+            "no group": [("max(number // most, 1)", "(number // most)")],
+            "the mean decides": [("most = max(counts)", "most = sum(counts) // len(counts)")],
+            "both kinds share the number": [("number // most", "number // (2 * most)")],
+            "always twice the number": [("max(number // most, 1) * 2 * most", "2 * number")],
+        },
+    ),
+    ("42", "check_must_refuse"): Answers(
+        right="""
+def must_refuse(true, noised, scale):
+    found = []
+    for a, b in zip(cxcywh_to_xyxy(true), cxcywh_to_xyxy(noised)):
+        half = ((a[2:] - a[:2]) / 2).repeat(2)
+        found.append(bool(((b - a).abs() > scale * half * 0.9999).all()))
+    return torch.tensor(found)
+""",
+        wrong={
+            "whole sides": [("true[:, 2:].repeat(1, 2) / 2", "true[:, 2:].repeat(1, 2)")],
+            "the scale is left out": [(">= scale", ">= 1")],
+            "sides exchanged": [("true[:, 2:].repeat", "true[:, 2:].flip(1).repeat")],
+            "twice the scale": [(">= scale", ">= 2 * scale")],
+            "the centre's move": [("cxcywh_to_xyxy(noised) - cxcywh_to_xyxy(true)", "noised - true")],
+        },
+    ),
+    ("42", "check_chosen_wrongly"): Answers(
+        right="""
+def chosen_wrongly(logits, count):
+    return sorted(range(len(logits)), key=lambda cell: -float(logits[cell, 0]))[:count]
+""",
+        wrong={
+            "the likeliest class": [("logits[:, 0]", "logits.amax(1)")],
+            "the last class": [("logits[:, 0]", "logits[:, -1]")],
+            "worst first": [("topk(count)", "topk(count, largest=False)")],
+            "as they stand": [("logits[:, 0].topk(count).indices.tolist()", "list(range(count))")],
         },
     ),
 }
