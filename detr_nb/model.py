@@ -335,8 +335,10 @@ class DETR(nn.Module, HubMixin):
         return [*self.head.class_maps(), *self.queries.class_maps()]
 
     def head_outputs(self) -> list[nn.Linear]:
-        """The last linear maps, whose outputs are the predictions."""
-        return self.head.outputs()
+        """The last linear maps, whose outputs are the predictions; queries may have a
+        head of their own."""
+        heads = [self.head, *parts_of(self.queries, Head)]
+        return [part for head in heads for part in head.outputs()]
 
     def blocks(self) -> list[nn.Module]:
         """The parts of a forward pass, one after the other: stages of the backbone, and

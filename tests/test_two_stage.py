@@ -289,6 +289,13 @@ def test_no_gradient_flows_from_the_second_stage_into_the_chosen_boxes():
     assert all(grad is not None for grad in torch.autograd.grad(first, list(model.queries.head.parameters())))
 
 
+def test_last_maps_of_both_stages_are_known():
+    """Muon leaves them out."""
+    model = lively()
+    heads = [*model.decoder.head, model.queries.head]
+    assert [*map(id, model.head_outputs())] == [id(part) for head in heads for part in (head.classes, head.boxes[-1])]
+
+
 def test_the_first_stage_need_not_know_the_class():
     model = lively()
     out, other = model(pictures()), [Target({**one, "labels": (one["labels"] + 1) % 3}) for one in truth()]
