@@ -36,7 +36,7 @@ NUMBER = re.compile(r"(?<![\w.])\d+(?:_\d+)*(?:\.\d*)?(?:e[+-]?\d+)?|(?<![\w.])\
 PLACE = r"\b(?:[Ss]ections?|[Tt]ables?|[Ff]igures?|[Aa]ppendix|[Ee]quations?)\s(?:[A-Z]\.)?\d"
 SOURCE = re.compile(rf"{PLACE}|et al\.|arxiv\.org|doi\.org|github\.com/\S+/(?:issues|pull)")
 # lists in a record that hold so many numbers that any number is among them
-LONG = {"curve", "samples", "history", "versions", "machine", "date"}
+LONG = {"curve", "samples", "history", "versions", "machine", "date", "per_class", "config", "matches"}
 # outputs hold a claim within so many cells; those of all cells hold what the opening, the recap or an exercise says
 NEAR, OPENING = 6, 12
 WIDE = re.compile(r"^## (?:Recap|What we learned|Exercises)|^\*\*How sure", re.M)
