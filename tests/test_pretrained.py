@@ -423,7 +423,7 @@ def edited_config(folder: pathlib.Path, goal: pathlib.Path, **changes: object) -
     ({"encoder_attention_heads": 8}, "nheads is 8 in the file and 4 in the model"),
     ({"dilation": True}, "dilation is True in the file and False in the model"),
     ({"activation_function": "gelu"}, "activation_function is gelu in the file and relu in the model"),
-    ({"model_type": "deformable_detr"}, "'deformable_detr' model"),
+    ({"model_type": "rt_detr"}, "'rt_detr' model"),
     ({"model_type": "table-transformer"}, "pre_norm is True in the file and False in the model"),
     ({"backbone_config": {"model_type": "resnet", "downsample_in_bottleneck": True}},
      "downsample_in_bottleneck is True in the file and False in the model"),

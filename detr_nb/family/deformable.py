@@ -354,8 +354,7 @@ class LayerHeads(nn.ModuleList):
 # %% ../../nbs/family/37_deformable.ipynb #370b001a
 @dataclass(frozen=True)
 class DeformableDETR(FocalDETR):
-    """Deformable DETR (Zhu et al. 2021): cells and queries read a few points of several
-    levels.
+    """Deformable DETR (Zhu et al. 2021): a few sampled points of several levels.
 
     Args:
         dim_feedforward: hidden width of the feed-forward nets.

@@ -145,8 +145,7 @@ class BoxProposals(ProposingQueries):
 # %% ../../nbs/family/38_two_stage.ipynb #38a00014
 @dataclass(frozen=True)
 class TwoStageDETR(DeformableDETR):
-    """Two-stage Deformable DETR (Zhu et al. 2021): the encoded image proposes the boxes
-    that the decoder refines.
+    """Two-stage Deformable DETR (Zhu et al. 2021): the image proposes the queries.
 
     Args:
         with_box_refine: every layer moves the boxes; always True here.
