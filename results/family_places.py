@@ -30,7 +30,8 @@ def main() -> None:
     scenes = Scenes(DEFAULT, 20, seed=123)
     record = {
         "what": WHAT, "command": "python results/family_places.py", "date": time.strftime("%Y-%m-%d"),
-        "machine": describe_machine(), "names": list(scenes.names), "places": record_places(models, scenes[13][0]),
+        "machine": describe_machine(),
+        "rows": [{"names": list(scenes.names), "places": record_places(models, scenes[13][0])}],
     }
     with replacing(ROOT / "results" / "family_places.json") as file:
         file.write(json_text(record) + "\n")

@@ -263,7 +263,7 @@ def test_every_detector_is_listed_with_what_it_is(capsys):
     assert all(words.endswith(".") for words in listed.values())
 
 
-@pytest.mark.parametrize("name", [name for name in HOMES if name.endswith("DETR")])
+@pytest.mark.parametrize("name", [name for name, home in HOMES.items() if home.startswith("detr_nb.family.")])
 def test_the_listed_options_are_the_defaults_and_can_be_typed(name, capsys):
     assert main(["models", name]) == 0
     flags = [word for line in capsys.readouterr().out.splitlines() for word in line.split(maxsplit=1) if "--" in line]
