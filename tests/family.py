@@ -1,6 +1,8 @@
 """Members of the family beside the authors' recorded outputs: their checkpoint is written, loaded, and compared."""
 
 from argparse import Namespace
+from copy import deepcopy
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -10,7 +12,7 @@ from torch.testing import assert_close
 
 from detr_nb.config import ModelConfig
 from detr_nb.losses import criterion_for
-from detr_nb.model import DETR
+from detr_nb.model import DETR, RecordedDraws, SigmoidScores
 from detr_nb.pretrained import load_pretrained
 
 SIZES = {"hidden_dim": 16, "nheads": 2, "enc_layers": 1, "dec_layers": 2, "dim_feedforward": 16, "dropout": 0.0}
@@ -46,10 +48,15 @@ class Member(Reference):
         self.file = folder / f"{name}.pth"
         torch.save({"model": official_weights(name), "args": Namespace(**self.args)}, self.file)
 
-    def model(self) -> DETR:
-        """Our model with the weights of the file."""
+    @cached_property
+    def loaded(self) -> DETR:
+        """Our model with the weights of the file, read once."""
         classes = self["pred_logits"].shape[-1] - self.config.scores().spare
         return load_pretrained(self.config.build(classes), self.file).eval()
+
+    def model(self) -> DETR:
+        """A copy of it, to be changed."""
+        return deepcopy(self.loaded)
 
     def check_predictions(self) -> None:
         """All layers of a padded batch, of sizes that are no multiple of the stride, and of one image alone."""
@@ -101,3 +108,19 @@ class Member(Reference):
         model.zero_grad()
         losses.backward()
         return {name: float(p.grad.double().norm()) for name, p in model.named_parameters() if p.grad is not None}
+
+
+class NoisedMember(Member):
+    """A member that learns with noised queries: the authors' draws, and their number of answers."""
+
+    def model(self) -> DETR:
+        """A copy of our model with the authors' weights."""
+        model = super().model()
+        model.scores = SigmoidScores(self.args["num_select"])
+        model.queries.draws = RecordedDraws(**self.under("dn/draw_"))
+        return model
+
+    def order(self) -> Tensor:
+        """Ours of their places: they put the noised queries first."""
+        noised, answering = int(self["dn/pad_size"]), self.args["num_queries"]
+        return torch.cat((torch.arange(noised) + answering, torch.arange(answering)))

@@ -41,10 +41,7 @@ TINY = ConditionalDETR(TinyConfig((16, 16, 16), (4, 8, 8)), 5, **SIZES)
 @pytest.fixture(scope="module")
 def authors(tmp_path_factory) -> Member:
     """The authors' small model, read from their checkpoint once."""
-    member = Member(NAME, SMALL, tmp_path_factory.mktemp(NAME))
-    model = member.model()
-    member.model = lambda: model
-    return member
+    return Member(NAME, SMALL, tmp_path_factory.mktemp(NAME))
 
 
 def test_predictions_are_the_authors(authors):

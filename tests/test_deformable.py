@@ -127,10 +127,7 @@ def test_the_form_is_chosen_by_who_asks(monkeypatch):
 @pytest.fixture(scope="module", params=REFERENCES)
 def authors(request, tmp_path_factory) -> Member:
     """The authors' small model, read from their checkpoint once."""
-    member = Member(request.param, REFERENCES[request.param], tmp_path_factory.mktemp(request.param))
-    model = member.model()
-    member.model = lambda: model
-    return member
+    return Member(request.param, REFERENCES[request.param], tmp_path_factory.mktemp(request.param))
 
 
 def test_predictions_are_the_authors(authors):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from family import Member, pictures
+from family import NoisedMember, pictures
 from official import DATA, batch
 from small_runs import frozen_norms, series
 from torch import Tensor
@@ -31,14 +31,7 @@ from detr_nb.finetuning import replace_head, resize_queries
 from detr_nb.insight import attention_maps
 from detr_nb.loading import DataConfig, MemoryDataset
 from detr_nb.losses import criterion_for
-from detr_nb.model import (
-    DETR,
-    Draws,
-    RecordedDraws,
-    ResNetConfig,
-    SigmoidScores,
-    TinyConfig,
-)
+from detr_nb.model import DETR, Draws, RecordedDraws, ResNetConfig, TinyConfig
 from detr_nb.notation import Memory, Queries, Target
 from detr_nb.pretrained import pretrained_model
 from detr_nb.training import TrainConfig, fit
@@ -68,27 +61,10 @@ def loud(model: DETR) -> DETR:
 
 
 # --- the authors ------------------------------------------------------------------------------------------------------
-class Authors(Member):
-    """The authors' small model, with their number of answers and, in training, their draws."""
-
-    def model(self) -> DETR:
-        """Ours with the authors' weights."""
-        model = super().model()
-        model.scores = SigmoidScores(self.args["num_select"])
-        names = {name: self[f"dn/draw_{name}"] for name in ("label_p", "label_new", "box_u")}
-        model.queries.draws = RecordedDraws(**names)
-        return model
-
-    def order(self) -> Tensor:
-        """Ours of their places: they put the noised queries first."""
-        noised, answering = int(self["dn/pad_size"]), self.args["num_queries"]
-        return torch.cat((torch.arange(noised) + answering, torch.arange(answering)))
-
-
 @pytest.fixture(scope="module")
-def authors(tmp_path_factory) -> Authors:
+def authors(tmp_path_factory) -> NoisedMember:
     """Read from their checkpoint."""
-    return Authors(NAME, SMALL, tmp_path_factory.mktemp(NAME))
+    return NoisedMember(NAME, SMALL, tmp_path_factory.mktemp(NAME))
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ import re
 import signal
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache
 
 import pytest
 import torch
-from family import BATCHES, Member, pictures
+from family import BATCHES, NoisedMember, pictures
 from official import DATA, batch
 from small_runs import frozen_norms, series
 from test_two_stage import NOTHING, reordered, truth
@@ -29,14 +29,7 @@ from detr_nb.family.two_stage import TwoStageDETR, grid_boxes
 from detr_nb.finetuning import replace_head, resize_queries
 from detr_nb.loading import DataConfig, MemoryDataset
 from detr_nb.losses import criterion_for
-from detr_nb.model import (
-    DETR,
-    Draws,
-    RecordedDraws,
-    ResNetConfig,
-    SigmoidScores,
-    TinyConfig,
-)
+from detr_nb.model import DETR, Draws, RecordedDraws, ResNetConfig, TinyConfig
 from detr_nb.notation import Memory, Prediction
 from detr_nb.pretrained import load_pretrained, pretrained_model
 from detr_nb.training import TrainConfig, fit
@@ -65,32 +58,10 @@ def copy_of(model: DETR) -> DETR:
 
 
 # --- the authors ------------------------------------------------------------------------------------------------------
-class Authors(Member):
-    """The authors' small model, with their number of answers and, in training, their draws."""
-
-    @cached_property
-    def loaded(self) -> DETR:
-        """Ours with the authors' weights, read once."""
-        return super().model()
-
-    def model(self) -> DETR:
-        """A copy of it."""
-        model = deepcopy(self.loaded)
-        model.scores = SigmoidScores(self.args["num_select"])
-        names = ("label_p", "label_new", "box_sign", "box_u")
-        model.queries.draws = RecordedDraws(**{name: self[f"dn/draw_{name}"] for name in names})
-        return model
-
-    def order(self) -> Tensor:
-        """Ours of their places: they put the noised queries first."""
-        noised, answering = int(self["dn/pad_size"]), self.args["num_queries"]
-        return torch.cat((torch.arange(noised) + answering, torch.arange(answering)))
-
-
 @pytest.fixture(scope="module")
-def authors(tmp_path_factory) -> Authors:
+def authors(tmp_path_factory) -> NoisedMember:
     """Read from their checkpoint."""
-    return Authors(NAME, SMALL, tmp_path_factory.mktemp(NAME))
+    return NoisedMember(NAME, SMALL, tmp_path_factory.mktemp(NAME))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
@@ -48,23 +48,10 @@ def lively() -> DETR:
 
 
 # --- the authors ------------------------------------------------------------------------------------------------------
-class Authors(Member):
-    """The authors' small model, read once."""
-
-    @cached_property
-    def loaded(self) -> DETR:
-        """Ours with the authors' weights."""
-        return super().model()
-
-    def model(self) -> DETR:
-        """The same one each time: nothing here changes it."""
-        return self.loaded
-
-
 @pytest.fixture(scope="module")
-def authors(tmp_path_factory) -> Authors:
+def authors(tmp_path_factory) -> Member:
     """Read from their checkpoint."""
-    return Authors(NAME, SMALL, tmp_path_factory.mktemp(NAME))
+    return Member(NAME, SMALL, tmp_path_factory.mktemp(NAME))
 
 
 @pytest.fixture(scope="module")
