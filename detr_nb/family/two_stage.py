@@ -162,8 +162,9 @@ class TwoStageDETR(DeformableDETR):
         super().check_pairs()
         if not self.with_box_refine:
             raise ConfigError(
-                "with_box_refine", "is False, but two stages refine boxes: leave it out, or take"
-                " DeformableDETR"
+                "with_box_refine",
+                "is False, but two stages refine boxes: leave it out, or take"
+                " DeformableDETR",
             )
 
     def queries(self, columns: int, memory: nn.Module) -> nn.Module:
