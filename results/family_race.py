@@ -12,6 +12,7 @@ evaluation it is also noted which query each held-out object is matched to. A ru
 is given again.
 """
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -72,14 +73,15 @@ def changed_shares(file: Path) -> list[dict[str, float]]:
             for before, after in zip(steps, steps[1:], strict=False)]
 
 
-def make(name: str) -> dict[str, object]:
-    """Train, and return the row."""
+def train_noting_matches(name: str, planned: Callable[[str], TrainConfig], what: str, runner: str) -> dict[str, object]:
+    """Train the planned run of a name, and return the row."""
     config = planned(name)
     file = Path(config.folder) / "matches.json"
     run = fit(config, partial(note_matches, data=config.data.held_out(), file=file))
-    row = describe_run(run, WHAT, f'python results/family_race.py --names "{name}"')
+    row = describe_run(run, what, f'python results/{runner}.py --names "{name}"')
     return row | {"matches": changed_shares(file)}
 
 
 if __name__ == "__main__":
+    make = partial(train_noting_matches, planned=planned, what=WHAT, runner="family_race")
     run_missing(NAMES, make, ROOT / "results" / "family_race.json", WHAT, __doc__)

@@ -1,11 +1,13 @@
-"""Measure what sampling costs beside Hugging Face's python path, with nothing else running: some five minutes.
+"""Measure what sampling costs beside Hugging Face's python path and beside dense attention, with nothing else running:
+some five minutes.
 
     python results/sampling_speed.py              writes results/sampling_speed.json
     python results/sampling_speed.py --rounds 1   a trial, which writes nothing
 
 Four levels of a photograph of 800 x 1066 pixels, eight heads of 32 numbers, four points on each level: forward and
 backward of the operator alone, in the encoder, where every cell asks, and in the decoder, where 300 queries do. A round
-calls all ways in turn. Memory is the growth of a fresh process in one call, once for each way.
+calls all ways in turn. Memory is the growth of a fresh process in one call, once for each way. Then the attention of
+cells to cells as a whole (its linear maps included) on square grids that grow: dense, and with four sampled points.
 """
 import argparse
 import math
@@ -16,9 +18,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from detr_nb.family.deformable import sample, sample_grids
+from detr_nb.family.deformable import SampledCellAttention, sample, sample_grids
 from detr_nb.files import json_text, replacing
 from detr_nb.measuring import (
     describe_machine,
@@ -28,9 +30,12 @@ from detr_nb.measuring import (
     rows_of,
     table,
 )
+from detr_nb.notation import Memory
+from detr_nb.transformer import CellAttention
 
 FILE = Path(__file__).resolve().with_suffix(".json")
-WHAT = "seconds and memory of forward and backward of sampling, at four levels of 800 x 1066 pixels"
+WHAT = "seconds and memory of forward and backward of sampling: beside Hugging Face's, and beside dense attention"
+SIDES = (16, 23, 32, 45, 64, 91)
 SHAPES = tuple((math.ceil(800 / stride), math.ceil(1066 / stride)) for stride in (8, 16, 32, 64))
 CELLS = sum(rows * columns for rows, columns in SHAPES)
 QUERIES = {"encoder": CELLS, "decoder": 300}
@@ -76,6 +81,32 @@ def memory(name: str, queries: int) -> float:
     return peak_memory_mb() - before
 
 
+def square(side: int) -> Memory:
+    """A memory of one level, and no padding."""
+    draw = torch.Generator().manual_seed(0)
+    middles = (torch.arange(side) + 0.5) / side
+    return Memory(
+        x=torch.randn(1, side**2, 256, generator=draw), pos=torch.randn(1, side**2, 256, generator=draw),
+        pad=torch.zeros(1, side**2, dtype=torch.bool), xy=torch.cartesian_prod(middles, middles).flip(-1)[None],
+        shapes=((side, side),), features=(), valid=torch.ones(1, 1, 2),
+    )
+
+
+def attend(attention: nn.Module, memory: Memory) -> None:
+    """Forward and backward of the attention of cells to cells."""
+    attention(memory.x, memory).sum().backward()
+
+
+def measure_growth(side: int, rounds: int) -> list[dict[str, object]]:
+    """Rows of one grid."""
+    torch.manual_seed(0)
+    kinds = {"dense": CellAttention(256, 8), "sampled": SampledCellAttention(256, 8, 1, 4)}
+    ways = {name: partial(attend, attention, square(side)) for name, attention in kinds.items()}
+    rows = rows_of(f"attention of {side} x {side} cells", interleaved(ways, rounds))
+    print(table(rows), flush=True)
+    return [asdict(row) | {"cells": side**2} for row in rows]
+
+
 def measure(place: str, rounds: int) -> list[dict[str, object]]:
     """Rows of one part of a detector."""
     given = inputs(QUERIES[place])
@@ -93,6 +124,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="a trial of so many rounds")
     trial = parser.parse_args().rounds
     rows = [row for place in QUERIES for row in measure(place, trial or 7)]
+    rows += [row for side in SIDES for row in measure_growth(side, trial or 7)]
     if trial:
         return
     record = {"what": WHAT, "command": "python results/sampling_speed.py", "date": time.strftime("%Y-%m-%d"),
