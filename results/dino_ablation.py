@@ -11,7 +11,7 @@ from its proposal, as two stages do. "Without copies to refuse" has as many nois
 from dataclasses import dataclass, replace
 
 from family_race import SIZES
-from family_sampling import LEVELS
+from family_sampling import FEW_COPIES
 from side_by_side import ROOT, run_missing
 from torch import Tensor, nn
 
@@ -125,7 +125,7 @@ NAMES = [f"{name}, seed {seed}" for seed in (0, 1) for name in KINDS]
 def make(name: str) -> dict[str, object]:
     """Train, and return the row."""
     what, seed = name.rsplit(", seed ", 1)
-    model = KINDS[what](**SIZES, **LEVELS, with_box_refine=True, dn_number=2)  # four groups of copies
+    model = KINDS[what](**SIZES, **FEW_COPIES)
     run = fit(TrainConfig(DATA, model, steps=1200, seed=int(seed), evaluations=4, bf16=True, progress=False))
     return describe_run(run, WHAT, f'python results/dino_ablation.py --names "{name}"')
 

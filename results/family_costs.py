@@ -6,7 +6,8 @@
 First all have the sizes of `detr_tiny` and learn from sixteen drawn scenes, then all have those of the paper
 (ResNet-50, 100 queries) and learn from two larger ones. A round takes a step of each, in turn, on one core, so that
 whatever else slows the machine slows all of them. Anchor DETR asks each point with one pattern, so that the number of
-queries is the same.
+queries is the same. The members that sample have the two levels of results/family_sampling.py in the small models, and
+their authors' four in the large ones.
 """
 import argparse
 import time
@@ -15,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from family_sampling import FEW_COPIES, REFINED
 from side_by_side import one_thread
 from torch import Tensor
 
@@ -32,8 +34,11 @@ FILE = Path(__file__).resolve().with_suffix(".json")
 WHAT = "seconds of a training step of DETR and its descendants at equal sizes, and their parameters"
 SMALL = {"backbone": TinyConfig((32, 64, 128), TINY_STRIDES), "num_queries": 16, **TINY}
 PAPER = {"backbone": ResNetConfig(pretrained=False), "num_queries": 100, "dim_feedforward": 2048, "dropout": 0.1}
-KINDS = ("DETRConfig", "FocalDETR", "ConditionalDETR", "AnchorDETR", "DABDETR", "SMCADETR", "DNDETR")
-OWN = {"AnchorDETR": {"num_query_pattern": 1}}
+KINDS = ("DETRConfig", "FocalDETR", "ConditionalDETR", "AnchorDETR", "DABDETR", "SMCADETR", "DNDETR", "DeformableDETR",
+         "TwoStageDETR", "DINO")
+ANCHOR = {"AnchorDETR": {"num_query_pattern": 1}}
+SMALL_OWN = ANCHOR | {"DeformableDETR": REFINED, "TwoStageDETR": REFINED, "DINO": FEW_COPIES}
+PAPER_OWN = ANCHOR | {"DeformableDETR": {"with_box_refine": True}}
 
 
 def one_step(model: DETR, images: Tensor, targets: list[Target]) -> Callable[[], None]:
@@ -48,12 +53,12 @@ def one_step(model: DETR, images: Tensor, targets: list[Target]) -> Callable[[],
     return step
 
 
-def measure(what: str, sizes: dict, scenes: Scenes, rounds: int) -> list[dict[str, object]]:
+def measure(what: str, sizes: dict, own: dict, scenes: Scenes, rounds: int) -> list[dict[str, object]]:
     """Rows of one comparison, with the parameters of each model."""
     torch.manual_seed(0)
     pixels, targets = render_scenes(scenes, workers=1)
     images, classes = normalise(pixels), len(scenes.names)
-    models = {kind: find_kind(kind, DETRConfig)(**sizes, **OWN.get(kind, {})).build(classes) for kind in KINDS}
+    models = {kind: find_kind(kind, DETRConfig)(**sizes | own.get(kind, {})).build(classes) for kind in KINDS}
     ways = {name: one_step(model.train(), images, targets) for name, model in models.items()}
     rows = rows_of(f"{what}, {len(images)} scenes of {images.shape[-1]} pixels", interleaved(ways, rounds))
     print(table(rows), flush=True)
@@ -67,8 +72,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="a trial of so many rounds")
     trial = parser.parse_args().rounds
     one_thread()
-    rows = measure("small", SMALL, Scenes(DEFAULT, 16, seed=0), trial or 15)
-    rows += measure("as in the paper", PAPER, Scenes(replace(DEFAULT, size=512), 2, seed=0), trial or 5)
+    rows = measure("small", SMALL, SMALL_OWN, Scenes(DEFAULT, 16, seed=0), trial or 15)
+    rows += measure("as in the paper", PAPER, PAPER_OWN, Scenes(replace(DEFAULT, size=512), 2, seed=0), trial or 5)
     if trial:
         return
     record = {"what": WHAT, "command": "python results/family_costs.py", "date": time.strftime("%Y-%m-%d"),
