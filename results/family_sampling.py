@@ -24,9 +24,9 @@ LEVELS = {"num_feature_levels": 2, "num_backbone_outs": 1}
 REFINED = LEVELS | {"with_box_refine": True}
 FEW_COPIES = REFINED | {"dn_number": 2}  # four groups
 MODELS = {
-    "DeformableDETR": (find_kind("DeformableDETR", DETRConfig)(**SIZES, **REFINED), 3000),
-    "DINO": (find_kind("DINO", DETRConfig)(**SIZES, **FEW_COPIES), 2000),
-    "TwoStageDETR": (find_kind("TwoStageDETR", DETRConfig)(**SIZES, **REFINED), 2700),
+    "DeformableDETR": (find_kind("DeformableDETR", DETRConfig)(**SIZES, **REFINED), 2800),
+    "DINO": (find_kind("DINO", DETRConfig)(**SIZES, **FEW_COPIES), 1600),
+    "TwoStageDETR": (find_kind("TwoStageDETR", DETRConfig)(**SIZES, **REFINED), 2500),
 }
 NAMES = [f"{name}, seed {seed}" for seed in (0, 1) for name in MODELS]
 
