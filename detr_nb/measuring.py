@@ -312,7 +312,7 @@ def recorded_rows(name: str) -> list[dict]:
 
 # %% ../nbs/94_measuring.ipynb #94b00004
 def mean_curve(
-    rows: Iterable[dict], name: str, metric: str = "AP"
+    rows: Iterable[dict], name: str, metric: str = "AP", cost: float = 1.0
 ) -> tuple[list[float], list[float]]:
     """Steps and a metric at every evaluation of a recorded setting, the mean of its
     seeds.
@@ -321,6 +321,7 @@ def mean_curve(
         rows: of a record; those of the setting are called "name, seed 0" and so on.
         name: of the setting.
         metric: in [0, 1], as `evaluate` calls it.
+        cost: what a step counts: 1, or what it takes beside a step of another setting.
 
     Raises:
         ValueError: if the setting is not recorded, or its runs have different numbers of
@@ -337,7 +338,7 @@ def mean_curve(
             " needs at least one run, and the same number in all"
         )
     moments = list(zip(*runs, strict=True))
-    steps = [fmean(seen["step"] for seen in moment) for moment in moments]
+    steps = [cost * fmean(seen["step"] for seen in moment) for moment in moments]
     return steps, [fmean(seen["metrics"][metric] for seen in one) for one in moments]
 
 # %% ../nbs/94_measuring.ipynb #94b00007
