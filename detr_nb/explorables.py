@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TwoBoxes', 'Matching', 'Positions', 'Attention', 'record_attention', 'AttentionView', 'record_training', 'Film',
-           'record_places', 'PlaceView']
+           'record_places', 'PlaceView', 'SamplingView', 'ProposalView']
 
 # %% ../nbs/91_explorables.ipynb #50047420
 try:
@@ -19,26 +19,36 @@ import base64
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.resources import files
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import traitlets
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from .attention import attention_weights
+from .boxes import cxcywh_to_xyxy
 from .config import SHORT
 from .evaluation import evaluation_mode
+from .family.two_stage import ProposingQueries, grid_boxes
 from .insight import attention_maps, matched_queries
 from .losses import criterion_for
-from .notation import Queries, Target, forward_names, toy_image
+from detr_nb.notation import (
+    Memory,
+    Prediction,
+    Queries,
+    Target,
+    forward_names,
+    toy_image,
+)
 from detr_nb.plots import (
     axes_grid,
+    colour,
     heatmap,
     show_boxes,
     show_image,
@@ -711,6 +721,18 @@ def moved_query(
         yield own
 
 # %% ../nbs/91_explorables.ipynb #91b00004
+def record_answers(
+    model: nn.Module, logits: Float[Tensor, "n c"], boxes: Float[Tensor, "n 4"]
+) -> dict[str, list]:
+    """What is said n times, as plain values."""
+    scores, labels = model.scores(logits).max(-1)
+    return {
+        "boxes": rounded(boxes, 3),
+        "labels": labels.tolist(),
+        "scores": rounded(scores, 3),
+    }
+
+
 def record_layer(
     model: nn.Module,
     weights: Float[Tensor, "n s"],
@@ -718,13 +740,8 @@ def record_layer(
     boxes: Float[Tensor, "n 4"],
 ) -> dict[str, object]:
     """What a query looks at and says from n places, as plain values."""
-    scores, labels = model.scores(logits).max(-1)
-    return {
-        "weights": encode_weights(weights),
-        "boxes": rounded(boxes, 3),
-        "labels": labels.tolist(),
-        "scores": rounded(scores, 3),
-    }
+    answers = record_answers(model, logits, boxes)
+    return {"weights": encode_weights(weights), **answers}
 
 
 def record_member(
@@ -749,6 +766,20 @@ def record_member(
     grid = {"rows": maps.grid[0], "columns": maps.grid[1]}
     return {**grid, "home": rounded(own[0][:2], 3), **layers}
 
+# %% ../nbs/91_explorables.ipynb #91c00001
+def places_on_grid(grid: int, side: float) -> list[Float[Tensor, "n 4"]]:
+    """Boxes of one size (cxcywh) at the places of a square grid, row by row."""
+    if grid < 1 or not 0 < side <= 1:
+        raise ValueError(
+            "the query needs at least one place in a row, and a side above 0 and up to"
+            f" 1, got grid={grid}, side={side}"
+        )
+    middles, sides = (torch.arange(grid) + 0.5) / grid, torch.full((grid, 2), side)
+    return [
+        torch.cat((middles[:, None], middle.expand(grid, 1), sides), 1)
+        for middle in middles
+    ]
+
 # %% ../nbs/91_explorables.ipynb #91b00005
 @torch.no_grad()
 def record_places(
@@ -772,16 +803,7 @@ def record_places(
         ValueError: if there is no place or no size, or the queries of a detector have
             no reference.
     """
-    if grid < 1 or not 0 < side <= 1:
-        raise ValueError(
-            "the query needs at least one place in a row, and a side above 0 and up to"
-            f" 1, got grid={grid}, side={side}"
-        )
-    middles, sides = (torch.arange(grid) + 0.5) / grid, torch.full((grid, 2), side)
-    rows = [
-        torch.cat((middles[:, None], middle.expand(grid, 1), sides), 1)
-        for middle in middles
-    ]
+    rows = places_on_grid(grid, side)
     members = [
         {"name": name, **record_member(model, image, rows)}
         for name, model in models.items()
@@ -835,6 +857,355 @@ class PlaceView(Explorable):
         return (
             "An explorable figure: what one query looks at and where its box is when it"
             f" is put at the same place of a picture in each detector: {called}."
+        )
+
+# %% ../nbs/91_explorables.ipynb #91c00003
+def encode_numbers(numbers: Float[Tensor, "..."]) -> dict[str, object]:
+    """Numbers as a text of two bytes each, evenly from the smallest to the largest."""
+    low, high = (round(float(end), 6) for end in (numbers.min(), numbers.max()))
+    steps = 65535 * (numbers.double() - low) / max(high - low, 1e-6)
+    bytes_ = steps.round().clamp(0, 65535).cpu().numpy().astype("<u2").tobytes()
+    return {"low": low, "high": high, "text": base64.b64encode(bytes_).decode()}
+
+
+def decode_numbers(record: Mapping[str, object]) -> Float[np.ndarray, " n"]:
+    """The numbers that such a text holds."""
+    steps = np.frombuffer(base64.b64decode(record["text"]), "<u2")
+    return record["low"] + (record["high"] - record["low"]) * (steps / 65535.0)
+
+# %% ../nbs/91_explorables.ipynb #91c00006
+@contextmanager
+def watched_samples(model: nn.Module) -> Iterator[list[tuple]]:
+    """While the block runs, collect what the first query of a detector reads in its
+    first and in its last decoder layer: reference, points, weights, and the shapes of
+    the levels."""
+    crosses, seen = model.attentions()["cross"], []
+
+    @torch.no_grad()
+    def look(part: nn.Module, inputs: tuple) -> None:
+        _, _, ref, memory = inputs
+        found = part.look(*inputs)
+        if isinstance(found, Tensor):
+            raise ValueError(
+                f"the queries of {type(model.config).__name__} look at all cells, and"
+                " sample no points: record them with `record_places`"
+            )
+        seen.append((*(one[:, 0] for one in (ref, *found)), memory.shapes))
+
+    with ExitStack() as hooks:
+        for part in (crosses[0], crosses[-1]):
+            hooks.enter_context(part.register_forward_pre_hook(look))
+        yield seen
+
+# %% ../nbs/91_explorables.ipynb #91c00007
+def record_end(
+    model: nn.Module,
+    looks: Sequence[tuple],
+    logits: Float[Tensor, "n c"],
+    boxes: Float[Tensor, "n 4"],
+) -> dict[str, object]:
+    """What a query reads and says in one decoder layer, from n places."""
+    ref, points, weights, _ = zip(*looks, strict=True)
+    return {
+        "refs": rounded(torch.cat(ref), 3),
+        "points": encode_numbers(torch.cat(points)),
+        "weights": encode_weights(torch.cat(weights).flatten(2).flatten(0, 1)),
+        **record_answers(model, logits, boxes),
+    }
+
+
+def record_samples(
+    model: nn.Module, image: UInt8[Tensor, "3 y x"], rows: Sequence[Tensor]
+) -> dict[str, object]:
+    """What the first query of a detector reads and says from rows of places (boxes
+    cxcywh), in the first and in the last decoder layer."""
+    pictures, looks, said = model.preprocess(image)[None], [], []
+    for places in rows:
+        asked = moved_query(model, places), watched_samples(model)
+        with evaluation_mode(model), asked[0] as own, asked[1] as seen:
+            out = model(pictures.expand(len(places), -1, -1, -1))
+        looks.append(seen)
+        said.append((out.logits[:, :, 0], out.boxes[:, :, 0]))
+    logits, boxes = (torch.cat(part, 1) for part in zip(*said, strict=True))
+    ends = {
+        name: record_end(model, [seen[i] for seen in looks], logits[i], boxes[i])
+        for name, i in {"first": 0, "last": -1}.items()
+    }
+    _, _, weights, shapes = looks[0][0]
+    grids = {"shapes": [list(shape) for shape in shapes], "heads": weights.shape[1]}
+    return {"home": rounded(own[0][:2], 3), **grids, **ends}
+
+# %% ../nbs/91_explorables.ipynb #91c00008
+def draw_samples(
+    ax: plt.Axes,
+    points: Float[Tensor, "n l p 2"],
+    weights: Float[Tensor, "n l p"],
+    size: tuple[int, int],
+) -> None:
+    """Marks over a picture of `size` (height, width): their area is the weight, their
+    shape and colour the level."""
+    height, width = size
+    for level in range(points.shape[1]):
+        x, y = (points[:, level].flatten(0, 1) * torch.tensor([width, height])).T
+        area = 60 * weights[:, level].flatten() / weights.max()
+        style = {
+            "marker": "osD^"[level % 4],
+            "color": colour(level),
+            "label": level + 1,
+        }
+        ax.scatter(x, y, area, edgecolors="black", linewidths=0.5, **style)
+    edge = 0.1 * max(size)
+    ax.set(xlim=(-edge, width + edge), ylim=(height + edge, -edge))
+
+# %% ../nbs/91_explorables.ipynb #91c00009
+class SamplingView(Explorable):
+    """Move one query of a detector that samples, and see which points it reads on which
+    level, and what it says (chapter 37).
+
+    Attributes:
+        recorded: what `SamplingView.record` wrote.
+        names: of the classes.
+        place: row and column of the recorded place.
+        layer: whose points and box are shown, "first" or "last" of the decoder.
+        head: of the attention, from 0; -1 for all.
+        level: whose points are drawn, from 0; -1 for all.
+    """
+
+    _esm = joined("sampling")
+    recorded = traitlets.Dict().tag(sync=True)
+    names = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    place = pair_trait(3, 3)
+    layer = traitlets.Enum(["first", "last"], "last").tag(sync=True)
+    head = traitlets.Int(-1, min=-1).tag(sync=True)
+    level = traitlets.Int(-1, min=-1).tag(sync=True)
+
+    @classmethod
+    @torch.no_grad()
+    def record(
+        cls,
+        model: nn.Module,
+        image: UInt8[Tensor, "3 y x"],
+        grid: int = 7,
+        side: float = 0.3,
+    ) -> dict[str, object]:
+        """What the first query of a detector reads and says about one image from other
+        places than its own, as plain values that a page can hold.
+
+        Args:
+            model: a detector whose queries sample, such as a `DeformableDETR`.
+            image: colours from 0 to 255.
+            grid: places in a row, and rows. The size grows with its square: 7 makes
+                about 35 kB with 4 heads, 2 levels and 4 points.
+            side: width and height of the query's box, where the reference is one, as a
+                share of the image.
+
+        Raises:
+            ValueError: if there is no place or no size, or the queries have no
+                reference or sample no points.
+        """
+        rows = places_on_grid(grid, side)
+        samples = record_samples(model, image, rows)
+        return {"image": to_data_url(image), "grid": grid, **samples}
+
+    def rules(self) -> dict[str, bool]:
+        """The record is whole, and has the chosen place, head and level."""
+        keys = {"image", "grid", "home", "shapes", "heads", "first", "last"}
+        whole, grid = keys <= self.recorded.keys(), self.recorded.get("grid", 0)
+        return {
+            "recorded": whole,
+            "place": is_inside(self.place, grid, grid),
+            "head": whole and self.head < self.recorded["heads"],
+            "level": whole and self.level < len(self.recorded["shapes"]),
+        }
+
+    def samples(self, layer: str) -> tuple[Tensor, Tensor]:
+        """Points (h l p 2) and weights (h l p) of the chosen place in one layer."""
+        (row, column), said = self.place, self.recorded[layer]
+        heads, levels, grid = (
+            self.recorded["heads"],
+            len(self.recorded["shapes"]),
+            self.recorded["grid"],
+        )
+        points = decode_numbers(said["points"]).reshape(
+            grid, grid, heads, levels, -1, 2
+        )
+        each = points.shape[-2]
+        weights = decode_weights(said["weights"], (levels, each))
+        weights = weights.reshape(grid, grid, heads, levels, each)
+        found = (torch.tensor(part[row, column]).float() for part in (points, weights))
+        return tuple(found)
+
+    def draw(self) -> None:
+        """Draw the points and the box of the first and of the last layer."""
+        image, grid = from_data_url(self.recorded["image"]), self.recorded["grid"]
+        place = self.place[0] * grid + self.place[1]
+        for name, ax in zip(("first", "last"), axes_grid(2, 2, 3.2, 3.3), strict=True):
+            said = self.recorded[name]
+            box = torch.tensor(said["boxes"])[[place]]
+            show_image(image, box, title=f"{name} decoder layer", ax=ax)
+            draw_samples(ax, *self.samples(name), tuple(image.shape[1:]))
+        ax.legend(title="level", fontsize=7, title_fontsize=7, loc="lower right")
+
+    def in_words(self) -> str:
+        """What the still picture shows."""
+        return (
+            "An explorable figure: the points that one query reads on each of"
+            f" {len(self.recorded['shapes'])} levels of a picture, and the box that it"
+            " says, in the first and in the last decoder layer."
+        )
+
+# %% ../nbs/91_explorables.ipynb #91d00002
+@contextmanager
+def watched_choice(part: ProposingQueries) -> Iterator[list[tuple]]:
+    """While the block runs, collect for each pass the memory, what its cells propose,
+    the score of each, and the numbers of the chosen ones, the best first."""
+    seen, choose = [], part.best
+
+    def best(found: Prediction, score: Float[Tensor, "b s"]) -> Prediction:
+        cells = torch.arange(score.shape[1]).to(score).expand_as(score)[..., None]
+        numbers = choose(Prediction(cells, cells), score).boxes[..., 0].long()
+        seen.append((found, score, numbers))
+        return choose(found, score)
+
+    def note(part: nn.Module, inputs: tuple, queries: Queries) -> None:
+        seen[-1] = (inputs[0], *seen[-1])
+
+    part.best = best
+    try:
+        with part.register_forward_hook(note):
+            yield seen
+    finally:
+        del part.best
+
+# %% ../nbs/91_explorables.ipynb #91d00003
+def record_cells(
+    memory: Memory, found: Prediction, score: Float[Tensor, "b s"]
+) -> dict[str, object]:
+    """Start squares of all cells of an image, their proposals and scores, and which
+    cells are blind."""
+    start, proper = grid_boxes(memory)
+    said = torch.cat((found.boxes, score.sigmoid()[..., None]), -1)
+    return {
+        "shapes": [list(shape) for shape in memory.shapes],
+        "start": encode_numbers(start[0]),
+        "said": encode_numbers(said[0]),
+        "blind": (~proper[0]).nonzero().flatten().tolist(),
+    }
+
+# %% ../nbs/91_explorables.ipynb #91d00005
+def draw_levels(
+    ax: plt.Axes,
+    boxes: Float[Tensor, "n 4"],
+    levels: Int[Tensor, " n"],
+    size: tuple[int, int],
+) -> None:
+    """Boxes over a picture of `size` (height, width), in the colours and lines of their
+    levels."""
+    lines = ("-", "--", ":", "-.")
+    for box, level in zip(boxes.clamp(0, 1), levels.tolist(), strict=True):
+        x0, y0, x1, y1 = (
+            cxcywh_to_xyxy(box).mul(torch.tensor([*size[::-1]] * 2)).tolist()
+        )
+        style = {"edgecolor": colour(level), "linestyle": lines[level % 4]}
+        ax.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, **style))
+
+# %% ../nbs/91_explorables.ipynb #91d00004
+class ProposalView(Explorable):
+    """Follow queries from the cells that propose them to the boxes of the last decoder
+    layer (chapter 38).
+
+    Attributes:
+        recorded: what `ProposalView.record` wrote.
+        names: of the classes.
+        stage: 0 for the start squares of the cells, 1 for what they say, 2 for the
+            chosen ones, then one for each decoder layer.
+        query: the one that is followed, by its rank from 0; -1 for none.
+        level: whose cells are shown, from 0; -1 for all.
+    """
+
+    _esm = joined("proposing")
+    recorded = traitlets.Dict().tag(sync=True)
+    names = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    stage = traitlets.Int(0, min=0).tag(sync=True)
+    query = traitlets.Int(0, min=-1).tag(sync=True)
+    level = traitlets.Int(-1, min=-1).tag(sync=True)
+
+    @classmethod
+    @torch.no_grad()
+    def record(
+        cls, model: nn.Module, image: UInt8[Tensor, "3 y x"]
+    ) -> dict[str, object]:
+        """What every cell proposes for one image, which cells are chosen, and what
+        becomes of them, as plain values that a page can hold.
+
+        Args:
+            model: a detector whose queries are proposed by the image, such as a
+                `TwoStageDETR` or a `DINO`.
+            image: colours from 0 to 255. The size grows with its cells and with the
+                queries: about 20 kB for 320 cells, 16 queries and 3 layers.
+
+        Raises:
+            ValueError: if the queries are not proposed by the image.
+        """
+        parts = (part for part in model.modules() if isinstance(part, ProposingQueries))
+        part = next(parts, None)
+        if part is None:
+            raise ValueError(
+                f"the queries of {type(model.config).__name__} are not proposed by the"
+                " image: give a TwoStageDETR or a DINO"
+            )
+        with evaluation_mode(model), watched_choice(part) as seen:
+            out = model(model.preprocess(image)[None])
+        ((memory, found, score, chosen),) = seen
+        layers = zip(out.logits[:, 0], out.boxes[:, 0], strict=True)
+        return {
+            "image": to_data_url(image),
+            **record_cells(memory, found, score),
+            "chosen": chosen[0].tolist(),
+            "layers": [record_answers(model, *layer) for layer in layers],
+        }
+
+    def rules(self) -> dict[str, bool]:
+        """The record is whole, and has the chosen stage, query and level."""
+        keys = {"image", "shapes", "start", "said", "blind", "chosen", "layers"}
+        whole = keys <= self.recorded.keys()
+        return {
+            "recorded": whole,
+            "stage": whole and self.stage < 3 + len(self.recorded["layers"]),
+            "query": whole and self.query < len(self.recorded["chosen"]),
+            "level": whole and self.level < len(self.recorded["shapes"]),
+        }
+
+    def draw(self) -> None:
+        """Draw the start squares, the chosen proposals, and the boxes of the last
+        layer, in the colours of their levels."""
+        image, chosen = from_data_url(self.recorded["image"]), self.recorded["chosen"]
+        start, said = (
+            torch.tensor(decode_numbers(self.recorded[key]))
+            .float()
+            .unflatten(0, (-1, n))
+            for key, n in (("start", 4), ("said", 5))
+        )
+        sizes = torch.tensor(self.recorded["shapes"]).prod(1)
+        levels = torch.arange(len(sizes)).repeat_interleave(sizes)
+        last = torch.tensor(self.recorded["layers"][-1]["boxes"])
+        panels = {
+            "the start square of every cell": (start, levels),
+            f"the best {len(chosen)} proposals": (said[chosen, :4], levels[chosen]),
+            "after the last layer": (last, levels[chosen]),
+        }
+        axes = axes_grid(3, 3, 2.6, 2.8)
+        for (title, (boxes, own)), ax in zip(panels.items(), axes, strict=True):
+            show_image(image, title=title, ax=ax)
+            draw_levels(ax, boxes, own, tuple(image.shape[1:]))
+
+    def in_words(self) -> str:
+        """What the still picture shows."""
+        cells = sum(rows * columns for rows, columns in self.recorded["shapes"])
+        return (
+            f"An explorable figure: the start squares of {cells} cells of a picture, the"
+            f" {len(self.recorded['chosen'])} proposals that become queries, and their"
+            f" boxes after {len(self.recorded['layers'])} decoder layers."
         )
 
 # %% ../nbs/91_explorables.ipynb #f0a4a4d3

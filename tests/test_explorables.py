@@ -28,9 +28,12 @@ from detr_nb.data import Preprocess
 from detr_nb.family.anchor import AnchorDETR
 from detr_nb.family.conditional import ConditionalDETR
 from detr_nb.family.dab import DABDETR
+from detr_nb.family.deformable import DeformableDETR
 from detr_nb.family.denoising import DNDETR
+from detr_nb.family.dino import DINO
 from detr_nb.family.smca import SMCADETR
-from detr_nb.insight import attention_maps, share_inside
+from detr_nb.family.two_stage import ProposingQueries, TwoStageDETR, grid_boxes
+from detr_nb.insight import attention_maps, capture_attention, share_inside
 from detr_nb.matcher import HungarianMatcher, pad_targets
 from detr_nb.model import DETR, DETRConfig, TinyConfig, detr_tiny
 from detr_nb.notation import Output, Target, toy_image
@@ -41,7 +44,8 @@ ROOT = Path(__file__).resolve().parents[1]
 STATIC = ROOT / "detr_nb" / "static"
 PAGE = "nbs/91_explorables.html"
 NODE = shutil.which("node")
-FIGURES = ("two_boxes", "matching", "addressing", "layers", "attending", "gazing", "filming", "placing")
+FIGURES = ("two_boxes", "matching", "addressing", "layers", "attending", "gazing", "filming", "placing",
+           "sampling", "proposing")
 
 if os.environ.get("CI") != "true":
     pytest.importorskip("anywidget", reason="the explorables need anywidget: pip install 'detr-nb[book]'")
@@ -219,7 +223,7 @@ def test_every_script_belongs_to_a_figure_and_fetches_nothing():
     assert used == {path.stem for path in STATIC.glob("*.js")}
     for path in STATIC.iterdir():
         assert set(re.findall(r"https?://[^\"'\s)]+", path.read_text("utf8"))) <= {"http://www.w3.org/2000/svg"}
-    assert sum(path.stat().st_size for path in STATIC.iterdir()) < 90_000
+    assert sum(path.stat().st_size for path in STATIC.iterdir()) < 110_000
 
 
 def test_without_anywidget_the_message_says_what_to_install():
@@ -257,6 +261,35 @@ def member(kind: type[DETRConfig]) -> DETR:
     return model
 
 
+def sampler(kind: type[DETRConfig], classes: int = 6, **more: object) -> DETR:
+    """A small one that samples two levels, of 8 x 8 and 4 x 4 cells."""
+    torch.manual_seed(0)
+    sizes = {"num_queries": 5, "hidden_dim": 32, "nheads": 2, "enc_layers": 1, "dec_layers": 3, "dim_feedforward": 32,
+             "dropout": 0.0, "num_feature_levels": 2, "num_backbone_outs": 1}
+    model = kind(TinyConfig((8, 8, 16), (4, 8, 8)), **sizes, **more).build(classes)
+    for weight in model.parameters():
+        weight.data += 0.05 * torch.randn_like(weight)
+    model.preprocess = Preprocess(size=(64, 64))
+    return model.eval()
+
+
+SAMPLERS = {"plain": (DeformableDETR, {}), "refined": (DeformableDETR, {"with_box_refine": True}),
+            "two stages": (TwoStageDETR, {}), "DINO": (DINO, {})}
+
+
+@functools.cache
+def sampled(name: str = "plain") -> dict:
+    """A record of points."""
+    kind, more = SAMPLERS[name]
+    return explorables.SamplingView.record(sampler(kind, **more), SCENE, grid=4)
+
+
+@functools.cache
+def proposed(kind: type[DETRConfig] = TwoStageDETR) -> dict:
+    """A record of proposals."""
+    return explorables.ProposalView.record(sampler(kind), SCENE)
+
+
 @functools.cache
 def placed() -> dict:
     """A record of all members."""
@@ -273,6 +306,8 @@ def figures() -> dict[str, object]:
         "gazing": explorables.Gaze(record=explorables.record_gaze(model, scenes[16][0]), names=model.names),
         "filming": explorables.Film(record=film_of(model, *scenes[16]), names=model.names),
         "placing": explorables.PlaceView(record=placed(), names=model.names, place=[1, 1]),
+        "sampling": explorables.SamplingView(recorded=sampled(), names=model.names, place=[1, 1]),
+        "proposing": explorables.ProposalView(recorded=proposed(), names=model.names),
     }
 
 
@@ -414,6 +449,175 @@ def test_places_of_five_members_fit_a_page():
         record = explorables.record_places(models, SCENE)
     assert {(one["rows"], one["columns"]) for one in record["members"]} == {(16, 16)}
     assert len(json.dumps(record)) < 200_000
+
+
+def answers_of(model: DETR, layer: int, place: tuple[float, float] | None = None) -> tuple:
+    """The slow way: memory, queries, another reference for the first, decoder; what its attention in one layer looks at
+    (points and weights), and what it says there."""
+    pad, images = torch.zeros(1, 64, 64, dtype=torch.bool), model.preprocess(SCENE)[None]
+    with torch.no_grad():
+        memory = model.eval().encoder(model.memory(images, pad, None))
+        queries = model.queries(memory)
+        if place:
+            queries.ref[0, 0] = torch.tensor([*place, 0.3, 0.3])[: queries.ref.shape[-1]]
+        with capture_attention({"cross": [model.attentions()["cross"][layer]]}) as seen:
+            out = model.decoder(queries, memory)
+    ((points, weights),) = seen["cross"]
+    return points[0, 0], weights[0, 0], out.logits[layer, 0, 0], out.boxes[layer, 0, 0]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_recorded_points_are_those_of_the_attention(name):
+    """And the box and the class are the decoder's from there."""
+    kind, more = SAMPLERS[name]
+    model, record = sampler(kind, **more), sampled(name)
+    assert (record["shapes"], record["heads"], record["grid"]) == ([[8, 8], [4, 4]], 2, 4)
+    for row, column in ((0, 1), (2, 0), (3, 3)):
+        figure, number = explorables.SamplingView(recorded=record, place=[row, column]), 4 * row + column
+        for layer, i in (("first", 0), ("last", -1)):
+            points, weights, logits, box = answers_of(model, i, ((column + 0.5) / 4, (row + 0.5) / 4))
+            found = figure.samples(layer)
+            assert found[0].shape == (2, 2, 4, 2)
+            assert_close(found[0], points, atol=1e-4, rtol=0)
+            assert_close(found[1], weights, atol=4e-3, rtol=0.02)
+            said = record[layer]
+            assert_close(torch.tensor(said["boxes"][number]), box, atol=6e-4, rtol=0)
+            score, label = logits.sigmoid().max(-1)
+            assert said["labels"][number] == label and abs(said["scores"][number] - score) < 6e-4
+    assert record["first"]["points"] != record["last"]["points"]
+
+
+def test_the_first_reference_is_the_place_and_the_last_of_a_refining_member_a_box():
+    middles = [[x, y] for y in (0.125, 0.375, 0.625, 0.875) for x in (0.125, 0.375, 0.625, 0.875)]
+    for name in ("plain", "refined"):
+        assert_close(torch.tensor(sampled(name)["first"]["refs"]), torch.tensor(middles), atol=6e-4, rtol=0)
+    assert sampled("plain")["last"]["refs"] == sampled("plain")["first"]["refs"]
+    assert {len(ref) for ref in sampled("refined")["last"]["refs"]} == {4}
+    model = sampler(DeformableDETR)
+    with torch.no_grad():
+        assert_close(torch.tensor(sampled()["home"]), model.queries(one_cell(model)).ref[0, 0], atol=6e-4, rtol=0)
+
+
+def one_cell(model: DETR):
+    """Any memory: these queries do not read it."""
+    with torch.no_grad():
+        return model.memory(torch.zeros(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.bool), None)
+
+
+def test_in_the_first_layer_the_pattern_of_points_moves_as_one_piece():
+    """What chapter 37 says: offsets and weights come from the query alone, which has read nothing yet."""
+    record = sampled()
+    refs = torch.tensor(record["first"]["refs"])[:, None].double()
+    points = torch.tensor(explorables.decode_numbers(record["first"]["points"])).reshape(16, -1, 2)
+    assert ((points - refs).std(0) < 1e-3).all()
+    last = torch.tensor(explorables.decode_numbers(record["last"]["points"])).reshape(16, -1, 2)
+    assert (last - refs).std(0).mean() > 1e-3
+
+
+@pytest.mark.parametrize("kind", [TwoStageDETR, DINO])
+def test_recorded_proposals_are_what_the_cells_propose(kind):
+    model, record = sampler(kind), proposed(kind)
+    part = next(part for part in model.modules() if isinstance(part, ProposingQueries))
+    pad, images = torch.zeros(1, 64, 64, dtype=torch.bool), model.preprocess(SCENE)[None]
+    with torch.no_grad():
+        memory = model.encoder(model.memory(images, pad, None))
+        found, (start, proper), out = part.propose(memory), grid_boxes(memory), model(images)
+    score = found.logits[0, :, 0] if kind is TwoStageDETR else found.logits[0].amax(-1)
+    starts, said = (torch.tensor(explorables.decode_numbers(record[key])).float() for key in ("start", "said"))
+    assert_close(starts.reshape(-1, 4), start[0], atol=1e-4, rtol=0)
+    said = said.reshape(-1, 5)
+    assert_close(said[:, :4], found.boxes[0], atol=1e-4, rtol=0)
+    assert_close(said[:, 4], score.sigmoid(), atol=1e-4, rtol=0)
+    assert record["chosen"] == score.topk(5).indices.tolist()
+    assert record["blind"] == (~proper[0]).nonzero().flatten().tolist()
+    assert record["shapes"] == [[8, 8], [4, 4]] and len(record["layers"]) == 3
+    with torch.no_grad():
+        assert_close(said[record["chosen"], :4], model.queries(memory).ref[0], atol=1e-4, rtol=0)
+    for layer, boxes, logits in zip(record["layers"], out.boxes[:, 0], out.logits[:, 0], strict=True):
+        assert_close(torch.tensor(layer["boxes"]), boxes, atol=6e-4, rtol=0)
+        scores, labels = logits.sigmoid().max(-1)
+        assert_close(torch.tensor(layer["scores"]), scores, atol=6e-4, rtol=0)
+        assert layer["labels"] == labels.tolist()
+
+
+def test_recording_points_and_proposals_leaves_the_model_as_it_was():
+    model = sampler(TwoStageDETR).train()
+    explorables.SamplingView.record(model, SCENE, grid=2)
+    explorables.ProposalView.record(model, SCENE)
+    assert model.training and "best" not in vars(model.queries)
+    assert not any(part._forward_pre_hooks or part._forward_hooks for part in model.modules())
+
+
+def test_what_has_no_points_or_no_proposals_is_refused_by_name():
+    model = member(DABDETR)
+    with pytest.raises(ValueError, match="the queries of DABDETR look at all cells"):
+        explorables.SamplingView.record(model, SCENE)
+    with pytest.raises(ValueError, match="the queries of DETRConfig have no reference"):
+        explorables.SamplingView.record(detr_tiny(pretrained=True), SCENE)
+    with pytest.raises(ValueError, match="the queries of DeformableDETR are not proposed by the image"):
+        explorables.ProposalView.record(sampler(DeformableDETR), SCENE)
+    with pytest.raises(ValueError, match="grid=0"):
+        explorables.SamplingView.record(sampler(DeformableDETR), SCENE, grid=0)
+    assert not any(part._forward_pre_hooks or part._forward_hooks for part in model.modules())
+
+
+@pytest.mark.parametrize(("name", "change", "complaint"), [
+    ("SamplingView", {"recorded": {}}, "recorded"), ("SamplingView", {"place": [0, 4]}, "place"),
+    ("SamplingView", {"head": 2}, "head"), ("SamplingView", {"level": 2}, "level"),
+    ("ProposalView", {"recorded": {}}, "recorded"), ("ProposalView", {"stage": 6}, "stage"),
+    ("ProposalView", {"query": 5}, "query"), ("ProposalView", {"level": 2}, "level"),
+])
+def test_what_was_not_recorded_is_refused(name, change, complaint):
+    record = sampled() if name == "SamplingView" else proposed()
+    with pytest.raises(ValueError, match=rf"{name}\.{complaint} is"):
+        getattr(explorables, name)(**{"recorded": record, **change})
+
+
+def test_points_and_proposals_fit_a_page():
+    """16 by 16 and 8 by 8 cells, as a picture of 128 x 128 pixels has them."""
+    for kind, view in ((DeformableDETR, explorables.SamplingView), (TwoStageDETR, explorables.ProposalView)):
+        model = sampler(kind)
+        model.preprocess = Preprocess(size=(128, 128))
+        record = view.record(model, SCENE)
+        assert record["shapes"] == [[16, 16], [8, 8]] and len(json.dumps(record)) < 60_000
+
+
+def test_numbers_in_two_bytes_come_back():
+    numbers = 3 * torch.randn(7, 30, generator=torch.Generator().manual_seed(0))
+    told = explorables.encode_numbers(numbers)
+    step = (told["high"] - told["low"]) / 65535
+    here = torch.tensor(explorables.decode_numbers(told))
+    assert_close(here, numbers.flatten().double(), atol=step, rtol=0)
+    script = "const { unpackNumbers } = await from('points'); console.log(JSON.stringify(unpackNumbers(data)))"
+    assert_close(torch.tensor(run_node(script, told), dtype=torch.float64), here)
+    same = explorables.encode_numbers(torch.full((4,), 0.25))
+    assert_close(torch.tensor(explorables.decode_numbers(same)), torch.full((4,), 0.25, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("layer", ["first", "last"])
+def test_what_points_say_in_numbers_is_what_the_library_says(layer):
+    """Weight, distance and the counts by level and for all, from the same record."""
+    record, place = sampled("refined"), 6
+    figure = explorables.SamplingView(recorded=record, place=[1, 2])
+    points, weights = (part.double() for part in figure.samples(layer))  # h l p 2, h l p
+    ref, box = (torch.tensor(record[layer][key][place]).double() for key in ("refs", "boxes"))
+    script = """const { rowsOf, samplesOf, summed, unpackNumbers } = await from('points');
+      const { unpack } = await from('attention'); const [told, weights, ref, box, place] = data;
+      const points = rowsOf(rowsOf(unpackNumbers(told), 2), 16)[place];
+      const shares = rowsOf(rowsOf(unpack(weights, 8), 1).flat(), 2)[place];
+      const samples = samplesOf(points, shares, 2, 2);
+      console.log(JSON.stringify([0, 1, null].map((level) =>
+        summed(samples.filter((one) => level === null || one.level === level), ref, box))))"""
+    said = record[layer]
+    found = run_node(script, [said["points"], said["weights"], ref.tolist(), box.tolist(), place])
+    for level, one in zip((slice(0, 1), slice(1, 2), slice(None)), found, strict=True):
+        p, w = points[:, level], weights[:, level] / 2
+        assert one["weight"] == pytest.approx(float(w.sum()), abs=1e-4)
+        far = ((p - ref[:2]).norm(dim=-1) * w).sum() / w.sum()
+        assert one["distance"] == pytest.approx(float(far), abs=1e-4)
+        x0y0x1y1 = cxcywh_to_xyxy(box)
+        assert one["inside"] == int(((p >= x0y0x1y1[:2]) & (p <= x0y0x1y1[2:])).all(-1).sum())
+        assert one["outside"] == int(((p < 0) | (p > 1)).any(-1).sum())
 
 
 # --- in a browser -------------------------------------------------------------------------------------------------
@@ -670,6 +874,151 @@ def test_a_finger_moves_the_point_and_not_the_page(browser, tmp_path):
     cell = page.evaluate("document.querySelector('.xp-picture').getBoundingClientRect().width") / 4
     page.swipe(start, cell, cell)
     assert page.evaluate("[values.place, scrollY]") == [[2, 2], scrolled]
+    wide = "Math.max(...[...document.querySelectorAll('.xp, .xp *')].map(e => e.getBoundingClientRect().right))"
+    assert page.evaluate(wide) <= 391, "something is wider than the phone"
+    page.close()
+
+
+def marks_of(page) -> list[tuple[float, float, str]]:
+    """Places of the marks in shares of the picture, with their colour."""
+    script = """[...document.querySelectorAll('.xp-samples .xp-sample')].map(e =>
+      [e.getAttribute('transform'), e.getAttribute('fill')])"""
+    places = ((re.findall(r"-?[\d.]+(?:e-?\d+)?", place), tone) for place, tone in page.evaluate(script))
+    return [(float(x) / 400, float(y) / 400, tone) for (x, y), tone in places]
+
+
+def check_marks(page, figure, place: tuple[int, int], layer: str, head: int = -1, level: int = -1) -> None:
+    """The marks that are seen against the record: those in the drawing, of the chosen head and level."""
+    figure = explorables.SamplingView(recorded=figure.recorded, place=list(place))
+    points, _ = figure.samples(layer)
+    chosen = points[head if head >= 0 else slice(None)].reshape(-1, 2, 4, 2)
+    chosen = chosen[:, level if level >= 0 else slice(None)].reshape(-1, 2)
+    near = chosen[((chosen >= -0.1) & (chosen <= 1.1)).all(-1)]
+    found = torch.tensor([mark[:2] for mark in marks_of(page)]).reshape(-1, 2)
+    assert len(found) == len(near) and torch.cdist(near, found).amin(1).amax() < 1e-3
+    box = torch.tensor(figure.recorded[layer]["boxes"][4 * place[0] + place[1]])
+    frame = "document.querySelector('.xp-follows rect')"
+    edges = page.evaluate(f"['x', 'y', 'width', 'height'].map(name => {frame}.getAttribute(name))")
+    x, y, w, h = (float(edge) / 400 for edge in edges)
+    assert_close(torch.tensor([x, y, x + w, y + h]), cxcywh_to_xyxy(box).clamp(0, 1), atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dark", [False, True])
+def test_points_follow_a_query_that_is_dragged(browser, tmp_path, dark):
+    figure = figures()["sampling"]
+    page = alone(browser, figure, tmp_path, dark=dark)
+    check_marks(page, figure, (1, 1), "last")
+    assert len({tone for _, _, tone in marks_of(page)}) == 2
+    cell = page.evaluate("document.querySelector('.xp-picture').getBoundingClientRect().width") / 4
+    page.drag(page.centre(".xp-point"), 1.9 * cell, 0.9 * cell)
+    assert page.evaluate("values.place") == [2, 3]
+    check_marks(page, figure, (2, 3), "last")
+    for key in ("ArrowLeft", "ArrowUp", "ArrowUp", "ArrowUp"):  # the last one meets the edge
+        page.press(key)
+    assert page.evaluate("values.place") == [0, 2]
+    label = page.evaluate("document.querySelector('.xp-point').getAttribute('aria-label')")
+    assert label == "place of the query: 0.63 from the left and 0.13 from the top"
+    click = "document.querySelectorAll('fieldset')[{}].querySelectorAll('input')[{}].click()"
+    page.evaluate(click.format(0, 0))
+    check_marks(page, figure, (0, 2), "first")
+    assert words(page, 0).startswith("First decoder layer, all heads: the query stands 0.63 from the left")
+    page.evaluate(click.format(1, 2))
+    check_marks(page, figure, (0, 2), "first", head=1)
+    page.evaluate(click.format(2, 1))
+    check_marks(page, figure, (0, 2), "first", head=1, level=0)
+    rows = page.evaluate("[...document.querySelectorAll('tbody tr')].map(e => [e.innerText, e.className])")
+    assert [name for name, chosen in rows if chosen == "xp-chosen"] == [rows[0][0]] and len(rows) == 3
+    assert rows[-1][0].startswith("all\t100 %")
+    page.click(".xp-spot", 12)
+    assert page.evaluate("values.place") == [3, 0] and page.errors == []
+    page.rest(0.8)
+    assert page.evaluate("document.querySelector('.xp-spoken').textContent") == words(page, 0)
+    page.close()
+
+
+def boxes_of(page) -> list[list[float]]:
+    """Corners of the boxes that are seen, in shares of the picture."""
+    script = """[...document.querySelectorAll('.xp-proposal')].filter(e => Number(e.style.opacity) > 0).map(e =>
+      ['x', 'y', 'width', 'height'].map(k => Number(e.querySelector('rect').getAttribute(k)) / 400))"""
+    return [[x, y, x + w, y + h] for x, y, w, h in page.evaluate(script)]
+
+
+def check_boxes(page, boxes: torch.Tensor) -> None:
+    """The same boxes in any order."""
+    found, wanted = torch.tensor(boxes_of(page)), cxcywh_to_xyxy(boxes).clamp(0, 1).float()
+    assert len(found) == len(wanted)
+    assert torch.cdist(found, wanted).amin(1).amax() < 1e-3 > torch.cdist(found, wanted).amin(0).amax()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_proposal_is_followed_from_its_cell_to_its_last_box(browser, tmp_path, dark):
+    figure, record = figures()["proposing"], proposed()
+    page = alone(browser, figure, tmp_path, dark=dark)
+    starts, said = (torch.tensor(explorables.decode_numbers(record[key])) for key in ("start", "said"))
+    starts, said, chosen = starts.reshape(-1, 4), said.reshape(-1, 5), record["chosen"]
+    proper = [cell for cell in range(80) if cell not in record["blind"]]
+    check_boxes(page, starts[proper])
+    page.evaluate("document.querySelectorAll('input[type=range]')[0].focus()")
+    for stage, boxes in enumerate((said[proper, :4], said[chosen, :4])):
+        page.press("ArrowRight")
+        assert page.evaluate("values.stage") == stage + 1
+        check_boxes(page, boxes)
+    for layer in record["layers"]:
+        page.press("ArrowRight")
+        check_boxes(page, torch.tensor(layer["boxes"]))
+    page.press("ArrowRight")  # there is no further stage
+    assert page.evaluate("values.stage") == 5 and words(page, 0).startswith("After decoder layer 3, ")
+    page.evaluate("document.querySelector('.xp-cells').focus()")
+    page.press("ArrowRight")
+    page.press("ArrowDown")
+    assert page.evaluate("values.query") == 2
+    level = 0 if chosen[2] < 64 else 1
+    cell = chosen[2] - 64 * level
+    row, column = divmod(cell, 8 if level == 0 else 4)
+    assert f"Query 3, from row {row + 1}, column {column + 1} of level {level + 1}, says " in words(page, 0)
+    trail = page.evaluate("document.querySelector('.xp-trail').getAttribute('points')").split()
+    assert len(trail) == 5  # its square, its proposal, three layers
+    x, y = (float(number) / 400 for number in trail[-1].split(","))
+    assert_close(torch.tensor([x, y]), torch.tensor(record["layers"][-1]["boxes"][2][:2]), atol=1e-4, rtol=0)
+    numbers = page.evaluate("[...document.querySelectorAll('tbody tr')].map(e => e.innerText)")
+    assert len(numbers) == 5 and numbers[1].endswith(f"{said[chosen[2], 4]:.2f}")
+    for name in ("ArrowLeft",) * 3:  # from the first to the last
+        page.press(name)
+    assert page.evaluate("values.query") == 4
+    own = page.evaluate("document.querySelectorAll('fieldset')[0].querySelectorAll('input')[2].click()")
+    assert own is None and page.evaluate("values.level") == 1
+    coarse = {cell for cell in chosen if cell >= 64} | {chosen[4]}  # the one that is followed stays in view
+    check_boxes(page, torch.tensor([record["layers"][-1]["boxes"][chosen.index(cell)] for cell in sorted(coarse)]))
+    assert page.errors == []
+    page.close()
+
+
+@pytest.mark.slow
+def test_a_click_follows_the_smallest_box_there_and_again_the_one_behind(browser, tmp_path):
+    figure = explorables.ProposalView(recorded=proposed(), names=figures()["proposing"].names, stage=5, query=-1)
+    page = alone(browser, figure, tmp_path)
+    boxes = torch.tensor(proposed()["layers"][-1]["boxes"])
+    small = int(boxes[:, 2:].prod(-1).argmin())
+    corners = cxcywh_to_xyxy(boxes)
+    inside = ((boxes[small, :2] >= corners[:, :2]) & (boxes[small, :2] <= corners[:, 2:])).all(-1)
+    order = [query for query in boxes[:, 2:].prod(-1).argsort().tolist() if inside[query]]
+    page.centre(".xp-picture")  # scrolls there
+    frame = "document.querySelector('.xp-picture').getBoundingClientRect()"
+    x, y, w, h = page.evaluate(f"(r => [r.x, r.y, r.width, r.height])({frame})")
+    for query in [*order, order[0]]:
+        for kind in ("mousePressed", "mouseReleased"):
+            page.mouse(kind, x + w * float(boxes[small, 0]), y + h * float(boxes[small, 1]))
+        assert page.evaluate("values.query") == query
+    assert page.errors == []
+    page.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sampling", "proposing"])
+def test_a_figure_of_the_family_fits_a_phone(browser, tmp_path, name):
+    page = alone(browser, figures()[name], tmp_path, width=390, height=844, touch=True)
     wide = "Math.max(...[...document.querySelectorAll('.xp, .xp *')].map(e => e.getBoundingClientRect().right))"
     assert page.evaluate(wide) <= 391, "something is wider than the phone"
     page.close()
