@@ -2,7 +2,7 @@
 
     python results/family_points.py
 
-It reads the weights that `results/family_race.py` left under .cache/runs/ (seed 0), and takes seconds.
+It reads the weights that `results/family_sampling.py` left under .cache/runs/ (seed 0), and takes seconds.
 """
 import os
 import time
@@ -26,7 +26,7 @@ def main() -> None:
     one_thread()
     os.chdir(ROOT)
     runs, scenes = Path(".cache") / "runs", Scenes(DEFAULT, 20, seed=123)
-    found = {name: view.record(pretrained_model(runs / f"race_{kind}_seed0"), scenes[13][0])
+    found = {name: view.record(pretrained_model(runs / f"sampling_{kind}_seed0"), scenes[13][0])
              for name, (kind, view) in KINDS.items()}
     record = {
         "what": WHAT, "command": "python results/family_points.py", "date": time.strftime("%Y-%m-%d"),
