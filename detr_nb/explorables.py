@@ -1102,12 +1102,14 @@ def draw_levels(
     """Boxes over a picture of `size` (height, width), in the colours and lines of their
     levels."""
     lines = ("-", "--", ":", "-.")
-    for box, level in zip(boxes.clamp(0, 1), levels.tolist(), strict=True):
+    for box, level in zip(boxes, levels.tolist(), strict=True):
         x0, y0, x1, y1 = (
             cxcywh_to_xyxy(box).mul(torch.tensor([*size[::-1]] * 2)).tolist()
         )
         style = {"edgecolor": colour(level), "linestyle": lines[level % 4]}
-        ax.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, **style))
+        ax.add_patch(
+            plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, lw=1.4, **style)
+        )
 
 # %% ../nbs/91_explorables.ipynb #91d00004
 class ProposalView(Explorable):

@@ -129,7 +129,8 @@ export function render({ model, el }) {
     numbers.lines.forEach((line, step) => line.classList.toggle("xp-chosen", step === (now > 1 ? now - 1 : now)));
   };
   const inWords = (now) => {
-    if (now === 0) return `Every cell has a square around its centre: ${starts.length} cells, ${hidden.size} of them at an edge and blind.`;
+    const edge = hidden.size ? `; ${hidden.size} at the edge may not propose` : "";
+    if (now === 0) return `Every cell has a square around its centre: ${starts.length} cells${edge}.`;
     const sure = (scores) => scores.filter((score) => score >= SURE).length;
     if (now === 1) return `Every cell says a box and a score. ${sure(says.map((one) => one[4]))} of ${says.length} cells have a score of at least ${two(SURE)}.`;
     const shares = shapes.map((_, own) => `${chosen.filter((cell) => places[cell].level === own).length} of level ${own + 1}`);

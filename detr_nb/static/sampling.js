@@ -151,7 +151,7 @@ export function render({ model, el }) {
     say(
       `${which === "first" ? "First" : "Last"} decoder layer, ${whose}: the query stands ${where} and reads ${count} points, ` +
         `on average ${two(distance)} from ${ref.length > 2 ? "the centre of its reference, the dotted box" : "it"}; weight: ${shares}. ` +
-        `${inside} points lie in its box, ${outside} beyond the picture. It says ${says}: ${boxInWords(box)}.`,
+        `Of these points ${inside} lie in its box and ${outside} beyond the picture. It says ${says}: ${boxInWords(box)}.`,
     );
   };
   return follow(model, ["place", "layer", "head", "level"], draw);
