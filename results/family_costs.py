@@ -6,10 +6,7 @@
 First all have the sizes of `detr_tiny` and learn from sixteen drawn scenes, then all have those of the paper
 (ResNet-50, 100 queries) and learn from two larger ones. A round takes a step of each, in turn, on one core, so that
 whatever else slows the machine slows all of them. Anchor DETR asks each point with one pattern, so that the number of
-queries is the same. The members that sample have the two levels of results/family_sampling.py in the small models, and
-their authors' four in the large ones. At last the runs of results/family_race.py and results/family_sampling.py
-themselves: seconds of the processor for their first fifty steps, with all that belongs to them (half of the precision,
-smaller pictures, Muon, the making of batches).
+queries is the same.
 """
 import argparse
 import time
@@ -17,10 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import family_race
-import family_sampling
 import torch
-from family_sampling import FEW_COPIES, REFINED
 from side_by_side import one_thread
 from torch import Tensor
 
@@ -33,18 +27,13 @@ from detr_nb.measuring import describe_machine, interleaved, rows_of, table
 from detr_nb.model import DETR, TINY, TINY_STRIDES, DETRConfig, ResNetConfig, TinyConfig
 from detr_nb.notation import Target
 from detr_nb.shapes import DEFAULT, Scenes
-from detr_nb.training import TrainConfig, fit
 
 FILE = Path(__file__).resolve().with_suffix(".json")
-FIRST = 50
 WHAT = "seconds of a training step of DETR and its descendants at equal sizes, and their parameters"
 SMALL = {"backbone": TinyConfig((32, 64, 128), TINY_STRIDES), "num_queries": 16, **TINY}
 PAPER = {"backbone": ResNetConfig(pretrained=False), "num_queries": 100, "dim_feedforward": 2048, "dropout": 0.1}
-KINDS = ("DETRConfig", "FocalDETR", "ConditionalDETR", "AnchorDETR", "DABDETR", "SMCADETR", "DNDETR", "DeformableDETR",
-         "TwoStageDETR", "DINO")
-ANCHOR = {"AnchorDETR": {"num_query_pattern": 1}}
-SMALL_OWN = ANCHOR | {"DeformableDETR": REFINED, "TwoStageDETR": REFINED, "DINO": FEW_COPIES}
-PAPER_OWN = ANCHOR | {"DeformableDETR": {"with_box_refine": True}}
+KINDS = ("DETRConfig", "FocalDETR", "ConditionalDETR", "AnchorDETR", "DABDETR", "SMCADETR", "DNDETR")
+OWN = {"AnchorDETR": {"num_query_pattern": 1}}
 
 
 def one_step(model: DETR, images: Tensor, targets: list[Target]) -> Callable[[], None]:
@@ -59,37 +48,17 @@ def one_step(model: DETR, images: Tensor, targets: list[Target]) -> Callable[[],
     return step
 
 
-def measure(what: str, sizes: dict, own: dict, scenes: Scenes, rounds: int) -> list[dict[str, object]]:
+def measure(what: str, sizes: dict, scenes: Scenes, rounds: int) -> list[dict[str, object]]:
     """Rows of one comparison, with the parameters of each model."""
     torch.manual_seed(0)
     pixels, targets = render_scenes(scenes, workers=1)
     images, classes = normalise(pixels), len(scenes.names)
-    models = {kind: find_kind(kind, DETRConfig)(**sizes | own.get(kind, {})).build(classes) for kind in KINDS}
+    models = {kind: find_kind(kind, DETRConfig)(**sizes, **OWN.get(kind, {})).build(classes) for kind in KINDS}
     ways = {name: one_step(model.train(), images, targets) for name, model in models.items()}
     rows = rows_of(f"{what}, {len(images)} scenes of {images.shape[-1]} pixels", interleaved(ways, rounds))
     print(table(rows), flush=True)
     counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     return [asdict(row) | {"parameters": counts[row.name]} for row in rows]
-
-
-def first_steps(plan: TrainConfig) -> float:
-    """Seconds of the processor that the first steps of a run take."""
-    short = replace(plan, steps=FIRST, evaluations=0, folder="")
-    before = time.process_time()
-    fit(short)
-    return time.process_time() - before
-
-
-def measure_runs(rounds: int) -> list[dict[str, object]]:
-    """Rows of the recorded runs, in turn."""
-    plans = {"DETRConfig": family_race.planned("DETR, seed 0")}
-    plans |= {name: family_race.planned(f"{name}, seed 0") for name in family_race.MODELS if "DETR," not in name}
-    plans |= {name: family_sampling.planned(f"{name}, seed 0") for name in family_sampling.MODELS}
-    del plans["DETR"]
-    seen = [{name: first_steps(plan) for name, plan in plans.items()} for _ in range(rounds + 1)][1:]
-    rows = rows_of(f"{FIRST} steps of the recorded runs", {name: [one[name] for one in seen] for name in plans})
-    print(table(rows), flush=True)
-    return [asdict(row) for row in rows]
 
 
 def main() -> None:
@@ -98,9 +67,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="a trial of so many rounds")
     trial = parser.parse_args().rounds
     one_thread()
-    rows = measure("small", SMALL, SMALL_OWN, Scenes(DEFAULT, 16, seed=0), trial or 15)
-    rows += measure("as in the paper", PAPER, PAPER_OWN, Scenes(replace(DEFAULT, size=512), 2, seed=0), trial or 5)
-    rows += measure_runs(trial or 5)
+    rows = measure("small", SMALL, Scenes(DEFAULT, 16, seed=0), trial or 15)
+    rows += measure("as in the paper", PAPER, Scenes(replace(DEFAULT, size=512), 2, seed=0), trial or 5)
     if trial:
         return
     record = {"what": WHAT, "command": "python results/family_costs.py", "date": time.strftime("%Y-%m-%d"),

@@ -5,7 +5,7 @@
     python results/family_sampling.py --list
 
 They stand beside DETR's 4,000 steps in results/family_race.py, and get fewer, so that all take the same time by the
-costs of a step in results/family_costs.json. Steps are fixed, so that another program only slows a run. Two levels: the
+costs of a step in results/run_costs.json. Steps are fixed, so that another program only slows a run. Two levels: the
 grid of 16 x 16 cells that DETR has, and one of 8 x 8. Sizes and recipe are those of DETR for all, and nobody is tuned.
 """
 from functools import partial
