@@ -118,7 +118,7 @@ def test_the_race_of_the_family_is_one_recipe_for_all():
 def test_the_table_of_the_family_says_what_its_record_says():
     """And the bar: DAB-DETR with denoising reaches DETR's AP of ten minutes in 60 per cent of its steps."""
     found = {}
-    for row in read(ROOT / "results" / "family_race.json")["rows"]:
+    for row in [row for name in ("race", "sampling") for row in read(ROOT / "results" / f"family_{name}.json")["rows"]]:
         found.setdefault(row["name"].rsplit(", seed ", 1)[0], []).append(row)
     table = re.search(r"<!-- FAMILY:BEGIN -->(.*)<!-- FAMILY:END -->", (ROOT / "README.md").read_text("utf8"), re.S)[1]
     lines = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines() if "| 0." in line]
@@ -127,6 +127,22 @@ def test_the_table_of_the_family_says_what_its_record_says():
                     for name, rows in found.items()}
     ap = {name: [row["metrics"]["AP"] for row in rows] for name, rows in found.items()}
     assert min(ap["DNDETR"]) > max(ap["DETR"]) + 0.04 and len(ap["DNDETR"]) == len(ap["DETR"]) == 2
+    assert all(min(ap[name]) > max(ap["DETR"]) + 0.04 for name in ("DeformableDETR", "TwoStageDETR", "DINO"))
+
+
+def test_the_members_that_sample_have_the_recipe_of_the_race_and_no_more_time_than_detr():
+    race, sampled = (read(ROOT / "results" / f"family_{name}.json")["rows"] for name in ("race", "sampling"))
+    kept = ("data", "batch_size", "lr", "lr_backbone", "lr_muon", "beta2", "weight_ce", "scales", "evaluations", "bf16")
+    same = ("backbone", "num_queries", "hidden_dim", "nheads", "enc_layers", "dec_layers", "dim_feedforward", "dropout")
+    recipes = {json.dumps([row["config"][key] for key in kept]) for row in (*race, *sampled)}
+    sizes = {json.dumps([row["config"]["model"][key] for key in same]) for row in (*race, *sampled)}
+    assert len(recipes) == len(sizes) == 1
+    ratios = {row["name"]: row["ratio"] for row in read(ROOT / "results" / "run_costs.json")["rows"]}
+    assert ratios["DETR"] == 1
+    for row in sampled:
+        what, seed = row["name"].rsplit(", seed ", 1)
+        assert row["config"]["seed"] == int(seed) and f'--names "{row["name"]}"' in row["command"]
+        assert row["steps"] * ratios[what] < 1.05 * 4000 and row["curve"][-1]["metrics"] == row["metrics"]
 
 
 RUNNER = '''
