@@ -107,13 +107,21 @@ def measure_growth(side: int, rounds: int) -> list[dict[str, object]]:
     return [asdict(row) | {"cells": side**2} for row in rows]
 
 
+def measure_memory() -> list[dict[str, object]]:
+    """Rows of both parts. They come first: a process starts with the peak of the one that starts it."""
+    rows = []
+    for place, queries in QUERIES.items():
+        grown = {name: [in_fresh_process(memory, name, queries)] for name in WAYS}
+        rows += rows_of(f"{place}, memory", grown, "MB")
+    print(table(rows), flush=True)
+    return [asdict(row) for row in rows]
+
+
 def measure(place: str, rounds: int) -> list[dict[str, object]]:
     """Rows of one part of a detector."""
     given = inputs(QUERIES[place])
     ways = {name: partial(both_passes, way, given) for name, way in WAYS.items()}
     rows = rows_of(f"{place}, forward and backward", interleaved(ways, rounds))
-    grown = {name: [in_fresh_process(memory, name, QUERIES[place])] for name in WAYS}
-    rows += rows_of(f"{place}, memory", grown, "MB")
     print(table(rows), flush=True)
     return [asdict(row) for row in rows]
 
@@ -123,7 +131,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, help="a trial of so many rounds")
     trial = parser.parse_args().rounds
-    rows = [row for place in QUERIES for row in measure(place, trial or 7)]
+    rows = measure_memory()
+    rows += [row for place in QUERIES for row in measure(place, trial or 7)]
     rows += [row for side in SIDES for row in measure_growth(side, trial or 7)]
     if trial:
         return
